@@ -97,6 +97,7 @@ def evaluate_predictions(
 @options.settings(name=None)
 @click.argument("models", nargs=-1, metavar="RUN_A RUN_B [RUN_C]...")
 @click.option("--split", default="test", help="Evaluation to use: the name of a folder in RUN/evaluate.")
+@click.option("--track", metavar="NAME", help="Label track to compare, such as steps. Default: the phases.")
 @click.option("--convention", help="One convention. Default: video_macro, which has one value per video.")
 @click.option(
     "--metric",
@@ -112,6 +113,7 @@ def compare(
     settings: Settings,
     models: tuple[str, ...],
     split: str,
+    track: str | None,
     convention: str | None,
     metrics: tuple[str, ...],
     json_file: Path | None,
@@ -124,14 +126,18 @@ def compare(
     tcn-0,tcn-1. Differences are paired by video, and confidence intervals are over videos.
     """
     from configs.load import load_dataset
+    from configs.schema import MAIN_TRACK
     from evaluation.comparison import DEFAULT_CONVENTION, Place, compare_models, require_use
     from evaluation.external import Reading
 
     config, reads = settings.config, reading["ground_truth"] is not None
     if not reads:
         options.refuse("runs (no --ground-truth)", options.given(*reading))
+    else:
+        options.refuse("folders of predictions, which are of phases", options.given("track"))
     require_use(models, config.runs, reading=reads, split=bool(options.given("split")))
-    place = Place(config.runs, split, load_dataset(config.data.dataset), Reading(**reading) if reads else None)
+    spec, read = load_dataset(config.data.dataset), Reading(**reading) if reads else None
+    place = Place(config.runs, split, spec, read, track or MAIN_TRACK)
     convention = convention or DEFAULT_CONVENTION
     compare_models(models, place, convention=convention, metrics=metrics or None, out=json_file)
 

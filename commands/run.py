@@ -98,6 +98,11 @@ def closing_lines(run: Path, summary: Mapping[str, Any], now_s: float) -> list[s
         f"phases: accuracy {percent('phase_accuracy_temporal')} of stage two, {percent('phase_accuracy_frame')} of the "
         f"per-frame head on the same features, {percent('phase_accuracy_majority')} of the most frequent phase alone; "
         f"F1 {percent('phase_f1_temporal')} ({summary['convention']})",
+        *(
+            f"{track}: accuracy {100 * scores['accuracy_temporal']:.1f} %, F1 {100 * scores['f1_temporal']:.1f} %"
+            for track, scores in summary.get("tracks", {}).items()
+            if None not in (scores.get("accuracy_temporal"), scores.get("f1_temporal"))
+        ),
         f"time: {costs}; {now_s:.0f} s in this start",
         f"see: {run / 'evaluate/test/ribbons.png'} (truth and predictions), {run / 'evaluate/test/metrics.json'} "
         f"(every convention), {run / 'summary.json'}",

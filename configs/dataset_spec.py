@@ -12,9 +12,10 @@ from typing import Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from configs.errors import UserError
 from configs.file_pattern import file_pattern
 from configs.label_source import LabelSource, TrackSpec, is_track_name
-from configs.schema import MAX_FPS, OmitsDefaults
+from configs.schema import MAIN_TRACK, MAX_FPS, OmitsDefaults
 
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet evaluates CSV cells that start with one of these
 _HUMP = re.compile(r"(?<=[a-z])(?=[A-Z])")
@@ -88,7 +89,7 @@ class FilePatterns(OmitsDefaults):
         return file_pattern(getattr(self, role) or "(?!)")
 
 
-_LABELS_OF = {"phase": "phases", "tool": "tools"}  # key in `labels` of a role; tracks have the same name in both
+_LABELS_OF = {"phase": MAIN_TRACK, "tool": "tools"}  # key in `labels` of a role; tracks have the same name in both
 
 
 class NamedSplit(OmitsDefaults):
@@ -184,6 +185,32 @@ class DataSetSpec(OmitsDefaults):
         if role in _LABELS_OF:
             return (self.phases, self.phase_aliases) if role == "phase" else (self.tools, self.tool_aliases)
         return self.tracks[role].classes, self.tracks[role].aliases
+
+    def track_classes(self, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
+        """Return the classes of the tracks that `data.tracks` names, phases first and then in this description's order.
+
+        Raises UserError for a name that is not a track of this data set.
+        """
+        known = {MAIN_TRACK: self.phases, **{name: track.classes for name, track in self.tracks.items()}}
+        if unknown := [name for name in names if name not in known]:
+            raise UserError(f"data.tracks: {self.name} has no track {unknown[0]!r}; choose from {', '.join(known)}")
+        return {name: classes for name, classes in known.items() if name in names}
+
+    def as_track(self, name: str) -> DataSetSpec:
+        """Return the description of one additional track: with its classes in place of the phases, without tools.
+
+        Whatever scores and shows phases thus does the same for the classes of any track.
+        """
+        track = self.tracks[name]
+        update = {
+            "title": f"{self.title or self.name}, {name}",
+            "phases": track.classes,
+            "phase_aliases": track.aliases,
+            "background": track.background,
+            **{key: {} for key in ("phase_orders", "tool_aliases", "labels", "tracks")},
+            "tools": (),
+        }
+        return self.model_copy(update=update)
 
     def label_pattern(self, role: str) -> str | None:
         """Return the pattern of the files that hold a role's labels, or None if there are none."""

@@ -29,6 +29,7 @@ from pydantic import (
 from configs.errors import UserError
 from configs.registry import Registry
 
+MAIN_TRACK = "phases"  # the label track that every data set has
 MAX_FPS = 10_000.0  # cameras with 1,000 frames per second exist; rates above this limit come from damaged files
 # The folder of a stage in a run is called like the section of its settings.
 CNN_FOLDER, EXTRACT_FOLDER, TEMPORAL_FOLDER, JOINT_FOLDER = "cnn", "extract", "temporal", "joint"
@@ -134,10 +135,24 @@ class DataConfig(Strict):
     unverified: bool = Field(
         False, description="use a data set whose description has not been checked against its documentation"
     )
+    tracks: tuple[str, ...] = Field(
+        (MAIN_TRACK,),
+        description="the label tracks that stage two learns and recognises side by side: phases, and any of the data "
+        "set's additional tracks, such as [phases, steps]",
+    )
     full_hash: bool = Field(False, description="hash whole source files, not only their first and last MiB")
     exclude: dict[str, str] = Field(
         {}, description="videos to leave out: ids or shell patterns, each with a reason; or a list without reasons"
     )
+
+    @field_validator("tracks")
+    @classmethod
+    def _names_each_track_once(cls, tracks: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(tracks)) != len(tracks):
+            raise ValueError("a track occurs twice")
+        if MAIN_TRACK not in tracks:
+            raise ValueError(f"the phases are always learned; add {MAIN_TRACK} to the list")
+        return tracks
 
     @field_validator("exclude", mode="before")
     @classmethod

@@ -38,7 +38,10 @@ class Record:
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_before_validator_function(cls._by_field, handler(source))
+        inner: dict[str, Any] = {**handler(source)}
+        # The reference must be that of the whole schema: where a class occurs again, pydantic uses what it refers to.
+        reference = inner.pop("ref", None)
+        return core_schema.no_info_before_validator_function(cls._by_field, inner, ref=reference)  # type: ignore[arg-type]
 
     @classmethod
     def _by_field(cls, tree: Any) -> Any:

@@ -17,6 +17,7 @@ import numpy as np
 
 from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError
+from configs.schema import MAIN_TRACK
 from engine.files import read_json
 from engine.progress import say
 from engine.records import Record
@@ -35,12 +36,16 @@ _COUNTS = ("frames", "segments_truth", "segments_predicted")
 
 @dataclass(frozen=True)
 class Place:
-    """Where to find models: runs are below `runs` and evaluated on `split`; `reading` says how to read predictions."""
+    """Where to find models: runs are below `runs` and evaluated on `split`; `reading` says how to read predictions.
+
+    `track` names the additional label track to compare, in place of the phases.
+    """
 
     runs: Path
     split: str
     spec: DataSetSpec
     reading: Reading | None = None
+    track: str = MAIN_TRACK
 
 
 @dataclass(frozen=True)
@@ -201,7 +206,7 @@ def _load_results(text: str, place: Place, convention: str) -> PhaseResults:
         )
     tree = read_json(file)
     try:
-        phases = tree.get("phases", tree)  # only a run's file has the key `phases`
+        phases = _of_track(file, tree, place.track)
         found = PhaseResults.from_json(phases.get(HEAD, phases)[convention])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         problem = f"contains no phase results under the convention {convention}; evaluate with it first"
@@ -209,6 +214,17 @@ def _load_results(text: str, place: Place, convention: str) -> PhaseResults:
     if without := found.about.videos_without_labels:
         say(f"{path}: videos not counted, since their ground truth has no labels: {', '.join(without)}")
     return found
+
+
+def _of_track(file: Path, tree: Any, track: str) -> Any:
+    """Return the results of one label track, of each head, in a file of results."""
+    if track == MAIN_TRACK:
+        return tree.get("phases", tree)  # only a run's file has the key `phases`
+    tracks = tree.get("tracks", {})
+    if track not in tracks:
+        known = ", ".join([MAIN_TRACK, *tracks])
+        raise UserError(f"{file}: has no results of the track {track!r}, only of {known}; choose another --track")
+    return tracks[track]
 
 
 def _require_same_frames(first: Model, other: Model) -> None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from configs.schema import MAIN_TRACK
+
 NO_LABEL = -1  # in `phase` and `tools`
 
 
@@ -20,3 +22,7 @@ class VideoLabels:
     phase: NDArray[np.int8]  # (T,)
     tools: NDArray[np.int8]  # (T, K)
     tracks: Mapping[str, NDArray[np.int8]] = field(default_factory=dict, kw_only=True)  # (T,), additional tracks
+
+    def of_track(self, name: str) -> NDArray[np.int8]:
+        """Return the labels (T,) of `phases` or of an additional track."""
+        return self.phase if name == MAIN_TRACK else self.tracks[name]

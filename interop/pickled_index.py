@@ -322,6 +322,9 @@ def pickle_from_index(
     value = _arranged(index, videos, layout)
     _write(path, pickle.dumps(value, protocol=PROTOCOL), replace)
     _say_what_is_left_out(index, entries, config.data.fps, videos, path)
+    if index.dataset.tracks:
+        others = " and ".join(index.dataset.tracks)
+        say(f"note: {path.name} has no {others}: the original programs know phases and tools only")
 
 
 def _pickled(

@@ -87,6 +87,8 @@ def export_run(
     if probabilities and not any(name.endswith("-tool.txt") for name in texts):
         raise UserError(f"--probabilities: there are no tools in {folder}; omit this option")
     written = write_texts(out or run / "export" / split, texts, replace)
+    if others := sorted(path.name for path in (folder / "predictions").glob("*/") if path.name in spec.tracks):
+        say(f"note: no file is written for {' and '.join(others)}: the original programs know phases and tools only")
     if bare and spec.tools:
         say(f"note: {bare} prediction file(s) without tools, for which no tool file is written")
     return written

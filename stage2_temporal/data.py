@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from configs import schema
+from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError
-from configs.schema import SequenceConfig
+from configs.schema import MAIN_TRACK, SequenceConfig
 from engine.device import sent_to
 from engine.files import sha256_json
 from engine.launch import ranks_here
@@ -59,20 +60,22 @@ class Span:
 
 @dataclass(frozen=True)
 class FeatureBank:
-    """The features and phases of several videos, concatenated.
+    """The features and labels of several videos, concatenated.
 
     Features keep the type in which they are stored (fp16 by default). This halves the memory, and converting a batch
     costs less than 2 % of its step.
     """
 
     features: Tensor | StreamedFeatures  # (N, D) as stored
-    phase: Tensor  # (N,) int64, -1 = no label
+    labels: Tensor  # (L, N) int64 of each label track, phases first; -1 = no label
     spans: tuple[Span, ...]
     ids: tuple[str, ...]
 
     @classmethod
-    def of(cls, videos: Mapping[str, VideoFeatures], tool_logits: bool = False) -> FeatureBank:
-        """Copy the videos' arrays into one table on the CPU.
+    def of(
+        cls, videos: Mapping[str, VideoFeatures], tool_logits: bool = False, tracks: Sequence[str] = (MAIN_TRACK,)
+    ) -> FeatureBank:
+        """Copy the videos' arrays into one table on the CPU, with the labels of `tracks`.
 
         With `tool_logits` each row ends with the frame's tool logits (see `with_tool_logits`); raises UserError naming
         a video that has none.
@@ -81,30 +84,34 @@ class FeatureBank:
         if tool_logits:
             logits = [torch.from_numpy(video.tool_logits) for video in videos.values()]
             arrays = [with_tool_logits(x, z, name) for x, z, name in zip(arrays, logits, videos, strict=True)]
-        return cls._with(torch.cat(arrays) if len(arrays) > 1 else arrays[0], videos)
+        return cls._with(torch.cat(arrays) if len(arrays) > 1 else arrays[0], videos, tracks)
 
     @classmethod
-    def streamed(cls, videos: Mapping[str, VideoFeatures]) -> FeatureBank:
+    def streamed(cls, videos: Mapping[str, VideoFeatures], tracks: Sequence[str] = (MAIN_TRACK,)) -> FeatureBank:
         """A table whose features stay in the videos' files."""
         stored = [video.features for video in videos.values() if isinstance(video.features, StoredFeatures)]
-        return cls._with(StreamedFeatures(stored), videos)
+        return cls._with(StreamedFeatures(stored), videos, tracks)
 
     @classmethod
-    def _with(cls, features: Tensor | StreamedFeatures, videos: Mapping[str, VideoFeatures]) -> FeatureBank:
+    def _with(
+        cls, features: Tensor | StreamedFeatures, videos: Mapping[str, VideoFeatures], tracks: Sequence[str]
+    ) -> FeatureBank:
         spans, first = [], 0
         for video in videos.values():
             spans.append(Span(first, len(video)))
             first += len(video)
         return cls(
             features=features,
-            phase=torch.cat([torch.from_numpy(video.phase).long() for video in videos.values()]),
+            labels=torch.stack(
+                [torch.cat([torch.from_numpy(v.of_track(name)).long() for v in videos.values()]) for name in tracks]
+            ),
             spans=tuple(spans),
             ids=tuple(videos),
         )
 
     def to(self, device: torch.device) -> FeatureBank:
         """The same bank on another device."""
-        return replace(self, features=self.features.to(device), phase=self.phase.to(device))
+        return replace(self, features=self.features.to(device), labels=self.labels.to(device))
 
     @property
     def embedding_dim(self) -> int:
@@ -115,17 +122,22 @@ class FeatureBank:
         """The rows of one video."""
         return self.spans[self.ids.index(video_id)]
 
+    def labels_of(self, span: Span) -> Tensor:
+        """Labels (L, T) of one video."""
+        return self.labels[:, span.rows]
+
     def phase_of(self, span: Span) -> Tensor:
         """Phases (T,) of one video."""
-        return self.phase[span.rows]
+        return self.labels[0, span.rows]
 
     def gather(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """A batch's features (B, T, D), in the stored type, and phases (B, T).
+        """A batch's features (B, T, D), in the stored type, and labels (L, B, T).
 
-        Padding has phase -1 and arbitrary features.
+        Padding has label -1 and arbitrary features.
         """
         rows = batch.rows_on(self.features.device)  # (B, T)
-        return take(self.features, rows), take(self.phase, rows).masked_fill(rows < 0, NO_LABEL)
+        labels = torch.stack([take(track, rows) for track in self.labels])
+        return take(self.features, rows), labels.masked_fill(rows < 0, NO_LABEL)
 
     def gathered(
         self, shares: Iterable[tuple[Batch, bool]]
@@ -293,7 +305,7 @@ def _batch(spans: Sequence[Span], fresh: bool = True) -> Batch:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The training and validation videos of a feature folder that have phase labels."""
+    """The training and validation videos of a feature folder that have labels of a chosen track."""
 
     bank: FeatureBank
     split: dict[str, list[str]]  # the ids of the videos in "train" and "val"
@@ -308,11 +320,22 @@ class TrainingData:
     by_time: bool = False  # whether earlier versions would have sampled other frames
     has_tool_logits: bool = False  # whether the last K columns of the bank are the tool logits
     scored: Tensor | None = None  # (N,) bool, the rows that count in validation; None: all labelled rows
+    tracks: tuple[str, ...] = (MAIN_TRACK,)  # the label tracks that are learned, phases first
 
     @property
     def phases(self) -> tuple[str, ...]:
         """Names of the phases."""
         return self.index.dataset.phases
+
+    @property
+    def classes(self) -> dict[str, tuple[str, ...]]:
+        """The classes of each label track that is learned, phases first."""
+        return self.index.dataset.track_classes(self.tracks)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The number of classes of each label track that is learned."""
+        return tuple(map(len, self.classes.values()))
 
     @property
     def train(self) -> list[Span]:
@@ -325,7 +348,7 @@ class TrainingData:
         return [self.bank.span_of(video_id) for video_id in self.split["val"]]
 
     def to(self, device: torch.device) -> TrainingData:
-        """The same data with features and phases on another device."""
+        """The same data with features and labels on another device."""
         return replace(self, bank=self.bank.to(device))
 
     def with_tool_logits(self) -> TrainingData:
@@ -343,15 +366,20 @@ class TrainingData:
         return replace(self, bank=replace(self.bank, features=features), has_tool_logits=True)
 
     def truth_of(self, span: Span) -> Tensor:
-        """The true phases (T,) of a video in validation, on the CPU; -1 = the frame does not count."""
-        truth = self.bank.phase_of(span).cpu()
+        """The true labels (L, T) of a video in validation, on the CPU; -1 = the frame does not count."""
+        truth = self.bank.labels_of(span).cpu()
         return truth if self.scored is None else truth.masked_fill(~self.scored[span.rows], NO_LABEL)
 
 
-def read_training_data(folder: Path, where_features: schema.FeaturesIn = "memory", device: str = "cpu") -> TrainingData:
+def read_training_data(
+    folder: Path,
+    where_features: schema.FeaturesIn = "memory",
+    device: str = "cpu",
+    tracks: Sequence[str] = (MAIN_TRACK,),
+) -> TrainingData:
     """Read the training and validation videos of a feature folder; the index in the folder says which these are.
 
-    `where_features` and `device` are the settings `temporal.features` and `device`.
+    The other arguments are the settings `temporal.features`, `device` and `data.tracks`.
 
     Raises UserError if there is nothing to train on, if a file is missing, damaged or of another encoder, or if labels
     or shapes do not match the index.
@@ -359,6 +387,7 @@ def read_training_data(folder: Path, where_features: schema.FeaturesIn = "memory
     where = folder / INDEX_FILE
     index = usable_index(folder)
     index.require_videos("train", "val")
+    tracks = tuple(index.dataset.track_classes(tracks))
     split = {name: [entry.id for entry in index.by_split(name)] for name in ("train", "val")}
     if not split["train"]:
         raise UserError(f"{where}: no video is in the split train; run index with another data.split, then extract")
@@ -366,18 +395,22 @@ def read_training_data(folder: Path, where_features: schema.FeaturesIn = "memory
     in_memory = where_features == "memory" or (where_features == "auto" and fit_in_memory(folder, ids, device))
     videos = load_feature_set(folder, ids, in_memory)
     _check(folder, videos, index.dataset.phases)
-    split = {name: _labelled(ids, videos, name, where) for name, ids in split.items()}
+    require_tracks(folder, videos, index.dataset, tracks)
+    split = {name: _labelled(ids, videos, name, where, tracks) for name, ids in split.items()}
     if not split["train"]:
         raise UserError(f"{where}: no training video has phase labels; add phase annotations, then index and extract")
+    for name in tracks:
+        if not any((videos[video_id].of_track(name) >= 0).any() for video_id in split["train"]):
+            raise UserError(f"{where}: no training video has labels of {name}; leave {name} out of data.tracks")
     videos = {video_id: videos[video_id] for ids in split.values() for video_id in ids}
     attributes = next(iter(videos.values())).attributes
     fps = float(attributes.get("fps", 0.0))
     return TrainingData(
-        bank=FeatureBank.of(videos) if in_memory else FeatureBank.streamed(videos),
+        bank=FeatureBank.of(videos, tracks=tracks) if in_memory else FeatureBank.streamed(videos, tracks),
         split=split,
         encoder_digest=str(attributes.get("encoder_digest")),
         encoder=recorded_encoder(attributes),
-        labels_sha256=_digest(videos),
+        labels_sha256=_digest(videos, tracks),
         folder=folder,
         tool_logits=torch.cat([torch.from_numpy(video.tool_logits) for video in videos.values()]),
         frame_index=torch.cat([torch.from_numpy(video.frame_index) for video in videos.values()]),
@@ -387,6 +420,7 @@ def read_training_data(folder: Path, where_features: schema.FeaturesIn = "memory
         ),
         by_time=fps > 0
         and not all(in_whole_steps(index.entry(name), fps, video.frame_index) for name, video in videos.items()),
+        tracks=tracks,
     )
 
 
@@ -409,23 +443,50 @@ def fit_in_memory(folder: Path, video_ids: Sequence[str], device: str) -> bool:
     return False
 
 
-def _digest(videos: Mapping[str, VideoFeatures]) -> str:
-    """SHA-256 over every video's name and phases."""
+def _digest(videos: Mapping[str, VideoFeatures], tracks: Sequence[str]) -> str:
+    """SHA-256 over every video's name and its labels of the tracks that are learned."""
     digest = sha256()
     for video_id, video in videos.items():
-        digest.update(f"{video_id} {len(video)} ".encode() + video.phase.tobytes())
+        digest.update(
+            f"{video_id} {len(video)} ".encode() + b"".join(video.of_track(name).tobytes() for name in tracks)
+        )
     return digest.hexdigest()
 
 
-def _labelled(ids: Sequence[str], videos: Mapping[str, VideoFeatures], split: str, where: Path) -> list[str]:
-    """The ids of the videos with at least one labelled frame; the other videos are reported."""
-    without = [video_id for video_id in ids if not (videos[video_id].phase >= 0).any()]
+def _labelled(
+    ids: Sequence[str], videos: Mapping[str, VideoFeatures], split: str, where: Path, tracks: Sequence[str]
+) -> list[str]:
+    """The ids of the videos with at least one labelled frame in any track; the other videos are reported."""
+    without = [name for name in ids if not any((videos[name].of_track(track) >= 0).any() for track in tracks)]
     if without:
-        say(f"{where}: no phase labels in {', '.join(without)}: left out of {split}")
+        say(f"{where}: no {what_labels(tracks)} in {', '.join(without)}: left out of {split}")
     kept = [video_id for video_id in ids if video_id not in without]
-    for note in unlabelled_note({video_id: videos[video_id].phase for video_id in kept}, f"do not count in {split}"):
-        say(note)
+    for track in tracks:
+        labels = {video_id: videos[video_id].of_track(track) for video_id in kept}
+        for note in unlabelled_note(labels, f"do not count in {split}", what_labels([track]).removesuffix("s")):
+            say(note)
     return kept
+
+
+def what_labels(tracks: Sequence[str]) -> str:
+    """What labels of these tracks are called in messages."""
+    return "phase labels" if list(tracks) == [MAIN_TRACK] else f"{' or '.join(tracks)} labels"
+
+
+def require_tracks(folder: Path, videos: Mapping[str, VideoFeatures], spec: DataSetSpec, tracks: Sequence[str]) -> None:
+    """Raise UserError unless all feature files have labels of these tracks, with the classes that `spec` has."""
+    for video_id, video in videos.items():
+        path = feature_path(folder, video_id)
+        recorded = json.loads(video.attributes.get("tracks", "{}"))
+        for name in tracks:
+            if name == MAIN_TRACK:
+                continue
+            classes, labels = spec.tracks[name].classes, video.tracks.get(name)
+            if labels is None:
+                raise FeatureFileError(f"{path}: has no labels of the track {name}; run extract again")
+            require_same_classes(path, name, recorded.get(name, classes), classes, folder / INDEX_FILE)
+            if len(labels) and not -1 <= int(labels.min()) <= int(labels.max()) < len(classes):
+                raise FeatureFileError(f"{path}: {name} has labels outside -1 to {len(classes) - 1}; run extract again")
 
 
 def _check(folder: Path, videos: Mapping[str, VideoFeatures], phases: Sequence[str]) -> None:

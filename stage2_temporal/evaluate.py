@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from configs.errors import UserError
 from configs.load import NO_KEYS, GivenKeys
-from configs.schema import TEMPORAL_FOLDER, Config, Inference
+from configs.schema import MAIN_TRACK, TEMPORAL_FOLDER, Config, Inference
 from engine.device import choose_device, start_stage
 from engine.files import read_json_object, sha256_file, sha256_json
 from engine.progress import say
@@ -25,6 +25,7 @@ from features.dataset.index import Index
 from features.frames.settings_match import require_features_of
 from features.store import VideoFeatures, feature_path, recorded_encoder
 from features.store_folder import INDEX_FILE, find_feature_folder, load_feature_set, usable_index, with_recorded_faults
+from stage2_temporal.data import require_tracks
 from stage2_temporal.predict import (
     FRAME_FOLDER,
     TemporalAbout,
@@ -37,6 +38,7 @@ from stage2_temporal.scoring import (
     GroundTruth,
     Predicted,
     folder_name,
+    majority_of_tracks,
     recorded_majority,
     report,
     score_and_write,
@@ -61,10 +63,9 @@ def evaluate_run(
     The files are `metrics.json`, `truth.json`, `predictions/<video>.csv` and `ribbons.png`. For the run's own test
     videos, `RUN/summary.json` is updated and `RUN/MODEL_CARD.md` written as well. With `index_file`, another data set
     with the same classes is evaluated, and missing features are extracted into the run's folder. `inference` overrides
-    the inference mode (clips or carried state) of the training. Without `redo`, an existing evaluation of the same
-    model and features is printed instead of being computed again. Raises UserError if the run is not trained, if the
-    data have other classes, if the features come from another encoder, or if image settings that the user gave
-    (`given`) contradict the features.
+    that of the training. Without `redo`, an existing evaluation of the same model and features is printed instead of
+    being computed again. Raises UserError if the run is not trained, if the data have other classes, if the features
+    come from another encoder, or if image settings that the user gave (`given`) contradict the features.
     """
     temporal = run / TEMPORAL_FOLDER
     model, about = load_temporal(temporal)
@@ -81,18 +82,20 @@ def evaluate_run(
     say_left_out(index)
 
     majority, thresholds = recorded_majority(temporal / RESULT_FILE, required=True), _thresholds(folder, index)
-    identity = _identity(temporal, videos, index, split, inference, majority, thresholds).digest
+    identity = _identity(temporal, videos, index, split, inference, majority, thresholds, about.further_tracks).digest
     fps = float(next(iter(videos.values())).attributes["fps"])
-    truth = GroundTruth(index, split, fps, videos, known_root(config))
+    truth = GroundTruth(index, split, fps, videos, known_root(config), about.further_tracks)
     evaluation = None if redo else _made_before(out, identity)
     if evaluation is not None:
         say(f"{out}: unchanged")
     else:
+        probabilities = _probabilities(config, temporal, videos, inference, stop)
         predicted = Predicted(
-            probabilities=_probabilities(config, temporal, videos, inference, stop),
+            probabilities=probabilities.pop(MAIN_TRACK),
             tool_logits=_tool_logits(videos),
             majority=majority,
             thresholds=thresholds,
+            tracks=_of_tracks(temporal, probabilities),
         )
         evaluation = score_and_write(out, truth, predicted, identity_sha256=identity, encoder=_encoder(videos))
     report(run, out, truth, evaluation)
@@ -156,6 +159,10 @@ def _require_compatible(
 ) -> None:
     """Raise UserError unless the features have the classes (in order) and the encoder of the model's training."""
     require_same_classes(temporal, "phases", about.phases, index.dataset.phases, folder / INDEX_FILE)
+    for track, classes in (about.tracks or {}).items():
+        known = index.dataset.tracks.get(track)
+        require_same_classes(temporal, track, classes, known.classes if known else (), folder / INDEX_FILE)
+    require_tracks(folder, videos, index.dataset, list(about.classes))
     if about.tool_inputs:
         require_same_classes(temporal, "tools", about.tool_inputs, index.dataset.tools, folder / INDEX_FILE)
     found = _encoder(videos)["digest"]  # `load_feature_set` has checked that all videos have the same
@@ -177,6 +184,7 @@ def _identity(
     inference: Inference | None,
     majority: int | None,
     thresholds: Mapping[str, float] | None,
+    tracks: Sequence[str],
 ) -> StageIdentity:
     """Everything that an evaluation depends on.
 
@@ -190,7 +198,7 @@ def _identity(
         name: [
             video.attributes["encoder_digest"],
             video.attributes.get("source_sha256_ends"),
-            sha256_json([video.phase.tolist(), video.tools.tolist()]),
+            sha256_json([video.phase.tolist(), video.tools.tolist(), *(video.tracks[one].tolist() for one in tracks)]),
         ]
         for name, video in videos.items()
     }
@@ -221,14 +229,15 @@ def _made_before(out: Path, identity: str) -> Evaluation | None:
 
 def _probabilities(
     config: Config, temporal: Path, videos: Mapping[str, VideoFeatures], inference: Inference | None, stop: StopRequest
-) -> dict[str, dict[str, NDArray[np.float32]]]:
+) -> dict[str, dict[str, dict[str, NDArray[np.float32]]]]:
+    """The probabilities (T, C) {track: {head: {video: ...}}}, phases first."""
     start_stage("evaluate", config, choose_device(config.device), "fp32")
     heads = {HEAD: temporal, "frame": temporal / FRAME_FOLDER}
-    found = {}
+    found: dict[str, dict[str, dict[str, NDArray[np.float32]]]] = {}
     for head, folder in heads.items():
         if (folder / BEST_FILE).exists():
             model, about = load_temporal(folder)
-            found[head] = predict_phases(
+            predicted = predict_phases(
                 model,
                 videos,
                 inference or about.inference,
@@ -237,7 +246,21 @@ def _probabilities(
                 stop=stop,
                 tool_logits=bool(about.tool_inputs),
             )
+            for name, values in predicted.items():
+                for track, part in about.by_track(values).items():
+                    found.setdefault(track, {}).setdefault(head, {})[name] = part
     return found
+
+
+def _of_tracks(
+    temporal: Path, probabilities: Mapping[str, Mapping[str, Mapping[str, NDArray[np.float32]]]]
+) -> dict[str, Predicted]:
+    """The predictions of additional label tracks, given the probabilities {track: {head: {video: (T, C)}}}."""
+    constants = majority_of_tracks(temporal / RESULT_FILE, list(probabilities))
+    return {
+        track: Predicted(probabilities=one, tool_logits={}, majority=constants[track])
+        for track, one in probabilities.items()
+    }
 
 
 def _tool_logits(videos: Mapping[str, VideoFeatures]) -> dict[str, NDArray[np.float32]]:

@@ -41,9 +41,13 @@ class PhaseModel(nn.Module):
             return self.causal and not self.head.step(torch.zeros_like(self.standardise.mean)[None], None)[1]
 
     @property
-    def phases(self) -> int:
-        """Number of phases C."""
+    def classes(self) -> int:
+        """Number C of the classes of all label tracks together, which is the width of the logits."""
         return self.head.phases
+
+    def by_track(self, values: Tensor) -> tuple[Tensor, ...]:
+        """Logits or probabilities (..., C), divided into those of each label track, phases first."""
+        return values.split(self.head.widths, dim=-1)
 
     def forward(self, x: Tensor, state: State | None = None, lengths: Tensor | None = None) -> HeadOutput:
         """The output of the head for x (B, T, D), in the stored type; see `Head.forward_stored`."""

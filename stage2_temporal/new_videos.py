@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,11 @@ from evaluation.files.pre_annotations import (
     predicted_intervals,
     write_labelling_config,
 )
-from evaluation.files.predictions import PredictionFile, write_prediction_csv
+from evaluation.files.predictions import PHASE, PredictionFile, write_prediction_csv
 from evaluation.metrics.tools import sigmoid
 from evaluation.reports.overlay import Overlay
 from evaluation.reports.paper_figures import phase_ribbons
-from features.annotation_files.intervals import VideoAnnotations
+from features.annotation_files.intervals import DEFAULT_TRACK, VideoAnnotations
 from features.dataset.build import dataset_of_source
 from features.dataset.index import Dataset, VideoEntry
 from features.dataset.sampling import frame_times_s, sampled_frames
@@ -76,9 +77,14 @@ class Recogniser:
     config: Config  # with the preprocessing and data.fps of the training
     spec: DataSetSpec
     weights: dict[str, str]
+    tracks: tuple[str, ...] = ()  # additional label tracks, in the order of `phase`'s output after the phases
 
     def __post_init__(self) -> None:
         require_causal(self.phase.head)
+
+    def by_track(self, probabilities: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+        """The output of `phase` (T, C), divided into the probabilities of the phases and of each of `tracks`."""
+        return np.split(probabilities, np.cumsum(self.phase.head.widths)[:-1], axis=1)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -132,6 +138,9 @@ def pair_of_stages(
     config = as_trained(config, preprocess, recorded["fps"], recorded["backbone"], recorded.get("storage"))
     spec = load_dataset(config.data.dataset)
     require_same_classes(folder / BEST_FILE, "phases", about.phases, spec.phases)
+    for track, classes in (about.tracks or {}).items():
+        known = spec.tracks.get(track)
+        require_same_classes(folder / BEST_FILE, track, classes, known.classes if known else (), spec.name)
     try:
         int8 = FromStore(config.extract.store, recorded)
         encoder = load_encoder(config, cnn_run or run, spec.tools, trusted, int8)
@@ -154,7 +163,7 @@ def pair_of_stages(
         return stored.float(), logits if encoder.tool_head is not None else None
 
     weights = {"temporal": sha256_file(folder / BEST_FILE), "encoder": encoder.spec.digest}
-    return Recogniser(encode, model, inference, about.frames, config, spec, weights)
+    return Recogniser(encode, model, inference, about.frames, config, spec, weights, about.further_tracks)
 
 
 def _with_other_ways(error: UserError, run: Path, cnn_run: Path | None) -> UserError:
@@ -202,10 +211,11 @@ def predict_new_videos(
 ) -> PredictReport:
     """Write `<video>.csv`, `<video>.png` (ribbon), `<video>.json` and, with `draw`, `<video>.mp4` into `out`.
 
-    `formats` are those of annotation tools to write as well (`evaluation.files.pre_annotations`). The JSON file records
-    which net and source the others were made from. A video is skipped if its files exist and were made from the same
-    net and source. A video that cannot be read is reported, and the others are predicted. Raises UserError if no video
-    can be predicted or if two sources have the same name, and Stopped when `stop` is set.
+    For each additional label track that the net recognises, `<track>/<video>.csv` and `.png` are written too. `formats`
+    are those of annotation tools to write as well (`evaluation.files.pre_annotations`). The JSON file records which net
+    and source the others were made from. A video is skipped if its files exist and were made from the same net and
+    source. A video that cannot be read is reported, and the others are predicted. Raises UserError if no video can be
+    predicted or if two sources have the same name, and Stopped when `stop` is set.
     """
     datasets, report = {}, PredictReport(make_folder(out))
     for path in sources:
@@ -222,7 +232,7 @@ def predict_new_videos(
             say(f"note: {note}")
     require_one_usable(report.failed, len(datasets))
     if "labelstudio" in formats:
-        write_labelling_config(out, recogniser.spec)
+        write_labelling_config(out, recogniser.spec, recogniser.tracks)
     waiting = []
     for name, dataset in datasets.items():
         try:
@@ -275,7 +285,11 @@ class _Video:
         endings = {kind: kind for kind in ("csv", "png", "mp4", "json")} | {
             f"as {kind}": ENDINGS[kind] for kind in formats
         }
-        self._files = {kind: out / f"{file_stem(self.entry.id)}.{ending}" for kind, ending in endings.items()}
+        stem = file_stem(self.entry.id)
+        self._files = {kind: out / f"{stem}.{ending}" for kind, ending in endings.items()}
+        self._files |= {
+            f"{track}/{kind}": out / track / f"{stem}.{kind}" for track in recogniser.tracks for kind in ("csv", "png")
+        }
         self._made_by = {**_identity_of_source(self.entry), **recogniser.identity}
         version = package_version("surgstage")
         self._about = {"source": self.entry.source, "surgstage": version, "made_by": self._made_by}
@@ -284,7 +298,7 @@ class _Video:
 
     def is_done(self) -> bool:
         """Whether all files exist already. Raises UserError if a file exists that was made from something else."""
-        wanted = ["csv", "png", *(["mp4"] if self._draw else []), *(f"as {kind}" for kind in self._formats)]
+        wanted = [kind for kind in self._files if kind != "json" and (kind != "mp4" or self._draw)]
         return _is_done(self._files, wanted, self._made_by, inside(self._dataset.root, self.entry.source))
 
     def take(self, message: dict[str, str] | Tensor | None) -> None:
@@ -307,41 +321,56 @@ class _Video:
         else:
             self._write()
 
-    def _prediction(self) -> PredictionFile:
-        probabilities = np.stack(self._phases)  # (T, C)
-        return PredictionFile(
-            self.frame_index,
-            frame_times_s(self.entry, self.frame_index),
-            probabilities.argmax(axis=1).astype(np.int8),
-            probabilities,
-            np.concatenate(self._tools).astype(np.float32) if self._tools else None,
-        )
+    def _predictions(self) -> list[PredictionFile]:
+        """The predictions of the phases, with the tools, and of each additional track."""
+        tools = np.concatenate(self._tools).astype(np.float32) if self._tools else None
+        time_s = frame_times_s(self.entry, self.frame_index)
+        return [
+            PredictionFile(
+                self.frame_index, time_s, values.argmax(axis=1).astype(np.int8), values, None if at else tools
+            )
+            for at, values in enumerate(self._recogniser.by_track(np.stack(self._phases)))
+        ]
 
-    def _annotations(self, prediction: PredictionFile) -> VideoAnnotations:
-        """The predicted phases as intervals; the last one lasts as long as a sample, but not beyond the video."""
-        entry, config, time_s = self.entry, self._recogniser.config, prediction.time_s
+    def _annotations(self, predictions: Sequence[PredictionFile]) -> VideoAnnotations:
+        """The predictions of each track as intervals.
+
+        The last one lasts as long as a sample, but not beyond the video.
+        """
+        entry, config, spec = self.entry, self._recogniser.config, self._recogniser.spec
+        time_s = predictions[0].time_s
         end_s = float(frame_times_s(entry, [entry.frame_count - 1])[0]) + 1 / entry.fps
         edges_s = np.append(time_s, min(time_s[-1] + 1 / config.data.fps, end_s))
         annotator = f"surgstage {self._about['surgstage']}"
-        phases = self._recogniser.spec.phases
-        found = predicted_intervals(prediction.phase, prediction.probabilities, edges_s, phases, annotator)
-        return VideoAnnotations(entry.id, found, entry.fps, entry.source)
+        tracks = {DEFAULT_TRACK: spec.phases, **{name: spec.tracks[name].classes for name in self._recogniser.tracks}}
+        found = [
+            predicted_intervals(one.phase, one.probabilities, edges_s, classes, annotator, name)
+            for one, (name, classes) in zip(predictions, tracks.items(), strict=True)
+        ]
+        return VideoAnnotations(entry.id, tuple(chain.from_iterable(found)), entry.fps, entry.source)
 
     def _write(self) -> None:
-        entry, spec, fps = self.entry, self._recogniser.spec, self._recogniser.config.data.fps
-        prediction = self._prediction()
-        phase, time_s = prediction.phase, prediction.time_s
-        write_prediction_csv(self._files["csv"], prediction, spec)
-        drawn = [(entry.id, np.full(len(phase), -1, np.int8), {"predicted": phase})]
-        title = f"{entry.id}: predicted phases ({spec.title or spec.name})"
-        phase_ribbons(self._files["png"], drawn, fps, spec.phases, title, {entry.id: time_s})
+        spec = self._recogniser.spec
+        prediction, *others = predictions = self._predictions()
+        self._write_track(prediction, spec, PHASE, "phases", "")
+        for track, one in zip(self._recogniser.tracks, others, strict=True):
+            make_folder(self._files[f"{track}/csv"].parent)
+            self._write_track(one, spec.as_track(track), track, track, f"{track}/")
         if self._formats:
-            annotations = self._annotations(prediction)
+            annotations = self._annotations(predictions)
             for kind in self._formats:
                 write_text(self._files[f"as {kind}"], pre_annotation_text(kind, annotations))
         if self._draw:
             _draw(self._recogniser, prediction, self._dataset, self._files["mp4"], self._stop)
-        write_json(self._files["json"], {**self._about, "samples": len(phase), "complete": True})
+        write_json(self._files["json"], {**self._about, "samples": len(prediction.phase), "complete": True})
+
+    def _write_track(self, found: PredictionFile, spec: DataSetSpec, column: str, what: str, prefix: str) -> None:
+        """Write CSV and ribbon of one track; `what` are its classes in the title, `prefix` that of the files' keys."""
+        name, fps = self.entry.id, self._recogniser.config.data.fps
+        write_prediction_csv(self._files[f"{prefix}csv"], found, spec, column)
+        drawn = [(name, np.full(len(found.phase), -1, np.int8), {"predicted": found.phase})]
+        title = f"{name}: predicted {what} ({self._recogniser.spec.title or self._recogniser.spec.name})"
+        phase_ribbons(self._files[f"{prefix}png"], drawn, fps, spec.phases, title, {name: found.time_s})
 
 
 def _identity_of_source(entry: VideoEntry) -> dict[str, Any]:

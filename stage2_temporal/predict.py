@@ -14,7 +14,7 @@ from torch import Tensor
 
 from configs.errors import UserError, one_line
 from configs.load import differences
-from configs.schema import HeadConfig, Inference
+from configs.schema import MAIN_TRACK, HeadConfig, Inference
 from engine.checkpoints import load_checkpoint
 from engine.device import choose_device
 from engine.progress import say
@@ -23,7 +23,7 @@ from engine.runs import BEST_FILE
 from engine.stopping import StopRequest
 from features.store import VideoFeatures
 from stage2_temporal.data import Batch, FeatureBank, Span, chunk_batches, clip_batches, group_by_length, take
-from stage2_temporal.heads.base import HeadOutput, State, build_head, first_rows, require_causal
+from stage2_temporal.heads.base import HeadOutput, State, build_head, first_rows, require_causal, softmax_by_track
 from stage2_temporal.heads.standardise import Standardise
 from stage2_temporal.model import PhaseModel
 from stage2_temporal.streaming import StreamedFeatures, ahead
@@ -52,6 +52,7 @@ class TemporalAbout(Record):
     embedding_dim: int
     tool_inputs: tuple[str, ...] = ()  # the tools whose logits are the last columns of the input
     phases: tuple[str, ...]
+    tracks: dict[str, tuple[str, ...]] | None = None  # the classes of additional label tracks, by name
     dataset: str
     encoder_digest: str
     encoder: dict[str, Any] | None  # the encoder that made the features; None in files of earlier versions
@@ -61,6 +62,22 @@ class TemporalAbout(Record):
     frames: int
     seed: int
     scores: dict[str, Any] | None = None  # validation scores of the epoch; None before the first epoch has ended
+
+    @property
+    def classes(self) -> dict[str, tuple[str, ...]]:
+        """The classes of each label track, in the order of the model's logits, phases first."""
+        return {MAIN_TRACK: self.phases, **(self.tracks or {})}
+
+    @property
+    def further_tracks(self) -> tuple[str, ...]:
+        """The names of the label tracks besides the phases."""
+        return tuple(self.tracks or ())
+
+    def by_track(self, probabilities: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+        """The model's probabilities (T, C), divided into those of each label track."""
+        widths = [len(classes) for classes in self.classes.values()]
+        parts = np.split(probabilities, np.cumsum(widths)[:-1], axis=1)
+        return dict(zip(self.classes, parts, strict=True))
 
 
 def load_temporal(folder: Path) -> tuple[PhaseModel, TemporalAbout]:
@@ -78,7 +95,9 @@ def load_temporal(folder: Path) -> tuple[PhaseModel, TemporalAbout]:
     try:
         about = TemporalAbout.from_json(content)
         width = about.embedding_dim + len(about.tool_inputs)
-        model = PhaseModel(Standardise.identity(width), build_head(about.head, width, len(about.phases)))
+        model = PhaseModel(
+            Standardise.identity(width), build_head(about.head, width, *map(len, about.classes.values()))
+        )
         model.load_state_dict(content["model"])
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{path}: damaged, or written by another version ({one_line(error)})") from error
@@ -120,8 +139,9 @@ def predict_phases(
     tool_logits: bool = False,
     sizes: BatchSizes = USUAL_SIZES,
 ) -> dict[str, NDArray[np.float32]]:
-    """Phase probabilities (T, C) fp32 of every video; `run_spans` explains `inference` and `frames`.
+    """Class probabilities (T, C) fp32 of every video; `run_spans` explains `inference` and `frames`.
 
+    If the model recognises several label tracks, the classes of all are side by side (`TemporalAbout.by_track`).
     With `tool_logits` they are part of the model's input. Raises UserError if features have another width than in
     training or lack tool logits, and Stopped when `stop` is set.
     """
@@ -144,7 +164,7 @@ def predict_phases(
         bank = FeatureBank.of({video_id: videos[video_id] for video_id in ids}, tool_logits).to(place)
         found = predict_spans(model, bank.features, bank.spans, inference, frames, sizes)
         predicted |= {video_id: values.numpy() for video_id, values in zip(ids, found, strict=True)}
-    none = np.zeros((0, model.phases), np.float32)
+    none = np.zeros((0, model.classes), np.float32)
     return {video_id: predicted.get(video_id, none) for video_id in videos}
 
 
@@ -157,9 +177,9 @@ def predict_spans(
     frames: int,
     sizes: BatchSizes = USUAL_SIZES,
 ) -> list[Tensor]:
-    """Phase probabilities (T, C) of each video, fp32, on the CPU; the arguments are those of `run_spans`."""
-    logits = run_spans(model, model, model.phases, features, spans, inference, frames, sizes)
-    return [values.softmax(dim=1) for values in logits]
+    """Class probabilities (T, C) of each video, fp32, on the CPU; the arguments are those of `run_spans`."""
+    logits = run_spans(model, model, model.classes, features, spans, inference, frames, sizes)
+    return [softmax_by_track(values, model.head.widths, dim=1) for values in logits]
 
 
 @torch.no_grad()
@@ -215,10 +235,10 @@ def _batches(
 
 
 class OnlinePredictor:
-    """Recognition frame by frame, in real time: takes the embedding of a frame and returns its phase probabilities.
+    """Recognition frame by frame, in real time: takes the embedding of a frame and returns its class probabilities.
 
-    The output for frame t equals that of `predict_phases` on the whole video, apart from rounding. Raises UserError for
-    a head that looks into the future.
+    The output for frame t equals that of `predict_phases` on the whole video, apart from rounding; the classes of
+    several label tracks are side by side as there. Raises UserError for a head that looks into the future.
     """
 
     def __init__(
@@ -246,5 +266,5 @@ class OnlinePredictor:
             past = [] if self._clip is None else [self._clip]
             self._clip = torch.cat([*past, frame.unsqueeze(1)], dim=1)[:, -self._clip_frames :]  # (B, <= S, D)
             logits = self._model(self._clip).logits[:, -1]
-        probabilities: NDArray[np.float32] = logits.float().softmax(dim=1).cpu().numpy()
+        probabilities: NDArray[np.float32] = softmax_by_track(logits.float(), self._model.head.widths, 1).cpu().numpy()
         return probabilities[0] if given.ndim == 1 else probabilities

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +12,19 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from configs.errors import UserError
-from configs.schema import CNN_FOLDER, JOINT_FOLDER, TEMPORAL_FOLDER, Inference
+from configs.schema import CNN_FOLDER, JOINT_FOLDER, MAIN_TRACK, TEMPORAL_FOLDER, Inference
 from engine.files import make_folder, read_json_object, write_json
 from engine.progress import say
 from engine.runs import RESULT_FILE
-from evaluation.files.predictions import TOOLS_ALONE, PredictionFile, write_prediction_csv
+from evaluation.files.predictions import PHASE, TOOLS_ALONE, PredictionFile, write_prediction_csv
 from evaluation.files.truth import TRUTH_FILE, Truth, VideoTruth, is_simulated, write_truth
 from evaluation.metrics.conventions import MAIN_CONVENTION
 from evaluation.metrics.phases import evaluate_phases
-from evaluation.metrics.results import HEAD, METRICS_FILE, Evaluation, JointDetails, ToolResults
+from evaluation.metrics.results import HEAD, METRICS_FILE, Evaluation, JointDetails, PhaseResults, ToolResults
 from evaluation.metrics.tools import choose_thresholds, evaluate_tools, sigmoid
 from evaluation.reports.model_card import write_model_card
 from evaluation.reports.paper_figures import phase_ribbons
-from evaluation.reports.summary import summarise, update_summary, used_videos
+from evaluation.reports.summary import summarise, summarise_tracks, update_summary, used_videos
 from evaluation.reports.tables import comparison_table, phase_table, tool_table
 from features.dataset.index import Index
 from features.dataset.labels import unlabelled_note
@@ -44,6 +44,16 @@ class GroundTruth:
     fps: float
     videos: Mapping[str, VideoLabels]
     root: Path | None = None
+    tracks: Sequence[str] = ()  # the additional label tracks that are scored
+
+    def of_track(self, name: str) -> GroundTruth:
+        """The labels of an additional track in place of the phases, without tools."""
+        index = self.index.model_copy(update={"dataset": self.index.dataset.as_track(name)})
+        videos = {
+            video_id: VideoLabels(v.frame_index, v.time_s, v.tracks[name], np.zeros((len(v.phase), 0), np.int8))
+            for video_id, v in self.videos.items()
+        }
+        return replace(self, index=index, videos=videos, tracks=())
 
     @property
     def phases(self) -> dict[str, NDArray[np.int8]]:
@@ -59,18 +69,25 @@ class GroundTruth:
         annotation file for it.
         """
         known = self.videos
-        phases = [name for name, video in known.items() if not (video.phase >= 0).any()]
-        tools = [name for name, video in known.items() if not (video.tools >= 0).any()]
+        without = {
+            "phases": [name for name, video in known.items() if not (video.phase >= 0).any()],
+            "tools": [name for name, video in known.items() if not (video.tools >= 0).any()],
+            **{track: [n for n, v in known.items() if not (v.tracks[track] >= 0).any()] for track in self.tracks},
+        }
         for entry in self.index.videos:
             if entry.split != "none" and entry.id not in known and entry.records is None:
-                phases += [] if entry.phase_file else [entry.id]
-                tools += [] if entry.tool_file else [entry.id]
-        return {"phases": sorted(phases, key=natural_key), "tools": sorted(tools, key=natural_key)}
+                files = {"phases": entry.phase_file, "tools": entry.tool_file, **entry.track_files}
+                for task, ids in without.items():
+                    ids += [] if files.get(task) else [entry.id]
+        return {task: sorted(ids, key=natural_key) for task, ids in without.items()}
 
     def record(self) -> Truth:
         """The content of `truth.json`."""
         hashes = {name: self.index.entry(name).sha256_ends for name in self.videos}
-        videos = {name: VideoTruth(video.phase, video.tools, hashes[name]) for name, video in self.videos.items()}
+        videos = {
+            name: VideoTruth(v.phase, v.tools, hashes[name], {track: v.tracks[track] for track in self.tracks})
+            for name, v in self.videos.items()
+        }
         return Truth(self.index.dataset, self.split, self.fps, videos)
 
 
@@ -80,13 +97,15 @@ class Predicted:
 
     `probabilities` is {head: {video: (T, C)}}. `tool_logits` is {video: (T, K)}, for the videos whose encoder has a
     trained tool head. `majority` is the most frequent phase of the training videos; it is scored like a head that
-    always predicts this phase. `thresholds` holds a threshold per tool, at which tools are scored as well.
+    always predicts this phase. `thresholds` holds a threshold per tool, at which tools are scored as well. `tracks` has
+    the predictions of additional label tracks by name, in the form of those of the phases.
     """
 
     probabilities: Mapping[str, Mapping[str, NDArray[np.float32]]]
     tool_logits: Mapping[str, NDArray[np.float32]]
     majority: int | None = None
     thresholds: Mapping[str, float] | None = None
+    tracks: Mapping[str, Predicted] = field(default_factory=dict)
 
     def phases(self, truth: GroundTruth) -> dict[str, dict[str, NDArray[np.int8]]]:
         """The predicted phases {head: {video: (T,)}}, which include a head "majority" if `majority` is given."""
@@ -110,6 +129,17 @@ def recorded_majority(result: Path, required: bool = False) -> int | None:
     if type(found) is not int and (required or found is not None):
         raise UserError(f"{result}: damaged: records no majority phase; delete it and run the training again")
     return found
+
+
+def majority_of_tracks(result: Path, tracks: Sequence[str]) -> dict[str, int]:
+    """The most frequent class of each additional label track in the training videos, as recorded in `result.json`.
+
+    Raises UserError if the file does not record it.
+    """
+    found = read_json_object(result).get("majority_tracks") if tracks else {}
+    if not isinstance(found, dict) or any(type(found.get(track)) is not int for track in tracks):
+        raise UserError(f"{result}: damaged: records no majority class of each track; delete it and train again")
+    return {track: found[track] for track in tracks}
 
 
 def tool_results(
@@ -156,6 +186,10 @@ def score_and_write(
     for note in unlabelled_note(truth.phases, "are not scored"):
         say(note)
     phases = predicted.phases(truth)
+    others = {name: (truth.of_track(name), one) for name, one in predicted.tracks.items()}
+    for name, (own, _) in others.items():
+        for note in unlabelled_note(own.phases, "are not scored", f"{name} label"):
+            say(note)
     spec, without = truth.index.dataset, truth.without_labels
     labels, tools = truth.phases, tool_results(truth, predicted.tool_logits, predicted.thresholds)
     evaluation = Evaluation(
@@ -166,15 +200,13 @@ def score_and_write(
         scored={
             "phases": [name for name in truth.videos if labels and phases and name not in without["phases"]],
             "tools": [] if tools is None else [name for name in truth.videos if name in tools.per_video],
+            **{track: [name for name in truth.videos if name not in without[track]] for track in others},
         },
         videos_without_labels=without if spec.tools else {**without, "tools": []},
+        tracks={name: _phase_results(own, one.phases(own)) for name, (own, one) in others.items()} or None,
         left_out=truth.index.left_out_records(),
         convention=MAIN_CONVENTION,
-        phases={
-            head: evaluate_phases(labels, videos, spec.phases, truth.fps, split=truth.split, background=spec.background)
-            for head, videos in phases.items()
-            if labels
-        },
+        phases=_phase_results(truth, phases),
         tools=tools,
         identity_sha256=identity_sha256,
         encoder=encoder,
@@ -183,21 +215,42 @@ def score_and_write(
     make_folder(out)
     write_truth(out / TRUTH_FILE, truth.record())
     _write_predictions(out, truth, predicted, phases)
+    for name, (own, one) in others.items():
+        _write_predictions(out, own, one, one.phases(own), name)
     write_json(out / METRICS_FILE, evaluation.to_json())
     return evaluation
 
 
+def _phase_results(
+    truth: GroundTruth, phases: Mapping[str, Mapping[str, NDArray[np.int8]]]
+) -> dict[str, dict[str, PhaseResults]]:
+    """The results of each head under each convention; empty if no video has labels."""
+    spec, labels = truth.index.dataset, truth.phases
+    return {
+        head: evaluate_phases(labels, videos, spec.phases, truth.fps, split=truth.split, background=spec.background)
+        for head, videos in phases.items()
+        if labels
+    }
+
+
 def _write_predictions(
-    out: Path, truth: GroundTruth, predicted: Predicted, phases: Mapping[str, Mapping[str, NDArray[np.int8]]]
+    out: Path,
+    truth: GroundTruth,
+    predicted: Predicted,
+    phases: Mapping[str, Mapping[str, NDArray[np.int8]]],
+    track: str = PHASE,
 ) -> None:
     """Write the predictions of the head `temporal` as CSV files, and draw ribbons of it and of the head `frame`.
 
-    For a net that recognises tools only, there are CSV files only.
+    For a net that recognises tools only, there are CSV files only. With `track`, the files are those of an additional
+    label track, whose `truth` and predictions are given in place of those of the phases.
     """
     spec = truth.index.dataset
+    main = track == PHASE
+    folder, ribbons = ("predictions", "ribbons.png") if main else (f"predictions/{track}", f"ribbons-{track}.png")
     own, probabilities, tool_logits = phases.get(HEAD, {}), predicted.probabilities.get(HEAD, {}), predicted.tool_logits
     for name in truth.videos if own else tool_logits:
-        video, path = truth.videos[name], out / ("predictions" if own else TOOLS_ALONE) / f"{file_stem(name)}.csv"
+        video, path = truth.videos[name], out / (folder if own else TOOLS_ALONE) / f"{file_stem(name)}.csv"
         prediction = PredictionFile(
             video.frame_index,
             video.time_s,
@@ -205,14 +258,14 @@ def _write_predictions(
             probabilities.get(name, np.zeros((len(video.phase), 0), np.float32)),
             sigmoid(tool_logits[name]).astype(np.float32) if name in tool_logits else None,
         )
-        write_prediction_csv(path, prediction, spec)
+        write_prediction_csv(path, prediction, spec, track)
     if not own:
         return
     heads = [head for head in (HEAD, "frame") if head in phases]
     drawn = [(name, v.phase, {head: phases[head][name] for head in heads}) for name, v in truth.videos.items()]
     title = f"{spec.title or spec.name}, split {truth.split}: truth and predictions"
     times_s = {name: video.time_s for name, video in truth.videos.items()}
-    phase_ribbons(out / "ribbons.png", drawn, truth.fps, spec.phases, title, times_s)
+    phase_ribbons(out / ribbons, drawn, truth.fps, spec.phases, title, times_s)
 
 
 def report(run: Path, out: Path, truth: GroundTruth, evaluation: Evaluation, trained_in: Path | None = None) -> None:
@@ -227,18 +280,21 @@ def report(run: Path, out: Path, truth: GroundTruth, evaluation: Evaluation, tra
         stage = TEMPORAL_FOLDER if evaluation.joint is None else JOINT_FOLDER
         write_model_card(run, stage, truth.index, evaluation, trained_in=trained_in)
     files = f"{TOOLS_ALONE}/" if evaluation.tasks == "tool" else "predictions/, ribbons.png"
+    files += "".join(f", predictions/{track}/, ribbons-{track}.png" for track in evaluation.tracks or ())
     say(f"written: {out / METRICS_FILE}, {files}")
 
 
 def _print_tables(truth: GroundTruth, evaluation: Evaluation) -> None:
     """Print the tables of phase and tool metrics."""
     console = Console()
-    if evaluation.phases:
-        console.print(comparison_table(evaluation.phases))
-        if HEAD in evaluation.phases:
-            console.print(phase_table(evaluation.phases[HEAD]))
-    else:
-        say("note: no phase labels in these videos, so no phase metrics")
+    for track, heads in {MAIN_TRACK: evaluation.phases, **(evaluation.tracks or {})}.items():
+        if heads:
+            console.print(comparison_table(heads, track=track if evaluation.tracks else None))
+            if HEAD in heads:
+                console.print(phase_table(heads[HEAD], track=track))
+        else:
+            what = "phase" if track == MAIN_TRACK else track
+            say(f"note: no {what} labels in these videos, so no {what} metrics")
     if evaluation.tools:
         console.print(tool_table(evaluation.tools))
     else:
@@ -275,7 +331,7 @@ def summary_of(run: Path, truth: GroundTruth, evaluation: Evaluation) -> dict[st
         "dataset": truth.index.dataset.name,
         "split": "/".join(str(len(used[part])) for part in ("train", "val", "test")),
         "fps": truth.fps,
-        "test_videos": scored["phases"] or scored["tools"],
+        "test_videos": scored["phases"] or next((count for count in scored.values() if count), 0),
         "scored_videos": scored,
         "videos_without_labels": evaluation.videos_without_labels,
         "left_out": [*evaluation.left_out, *left_out],
@@ -283,6 +339,7 @@ def summary_of(run: Path, truth: GroundTruth, evaluation: Evaluation) -> dict[st
         "tool_map": summarise(None, evaluation.tools)["tool_map"],
         **{f"phase_accuracy_{head}": value["phase_accuracy"] for head, value in scores.items()},
         **{f"phase_f1_{head}": scores[head]["phase_f1"] for head in ("frame", HEAD) if head in scores},
+        **({"tracks": summarise_tracks(evaluation.tracks)} if evaluation.tracks else {}),
     }
 
 

@@ -6,6 +6,7 @@ the same features, number of epochs, optimiser, and selection of the best epoch 
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +24,7 @@ from torch import Tensor
 from configs import schema
 from configs.errors import UserError
 from configs.load import NO_KEYS, GivenKeys
-from configs.schema import TEMPORAL_FOLDER, Config
+from configs.schema import MAIN_TRACK, TEMPORAL_FOLDER, Config
 from engine.device import choose_precision, make_accelerator, require_bf16, seed_everything, start_stage
 from engine.files import make_folder, sha256_file
 from engine.logs import METRICS_LOG, read_metrics
@@ -48,7 +49,7 @@ from stage2_temporal.predict import FRAME_FOLDER, TemporalAbout, predict_spans
 TRIM_INTERVAL_S = 60.0
 # From phases, head and width of the features to the state dict of a `PhaseModel`.
 StartWeights = Callable[[Sequence[str], schema.HeadSettings, int], Mapping[str, Any]]
-SCORE = "frame accuracy, mean over the validation videos"
+SCORE = "frame accuracy, mean over the validation videos"  # of several label tracks: see `score_of`
 
 
 def train_temporal(
@@ -67,15 +68,16 @@ def train_temporal(
     weights that `temporal.start_from` names (see `stage2_temporal.joint.start`). `given` holds the settings that the
     user gave, which must not contradict the features.
 
-    The best epoch is the one with the highest `SCORE`. A finished run with the same settings, features and labels is
-    not repeated, and an unfinished one resumes where it stopped. Raises UserError if there is nothing to train on, if
-    settings contradict each other or the features, or if the run exists with other settings. When `stop` is set, saves
-    everything and raises Stopped.
+    The best epoch is the one with the highest score (`score_of`). A finished run with the same settings, features and
+    labels is not repeated, and an unfinished one resumes where it stopped. Raises UserError if there is nothing to
+    train on, if settings contradict each other or the features, or if the run exists with other settings. When `stop`
+    is set, saves everything and raises Stopped.
     """
-    _require_sensible(config.temporal)
+    _require_sensible(config)
     processes = join(config.device, stop)
     if data is None:
-        data = processes.each(lambda: read_training_data(folder, config.temporal.features, config.device))
+        where, tracks = config.temporal.features, config.data.tracks
+        data = processes.each(lambda: read_training_data(folder, where, config.device, tracks))
     require_features_of(data.encoder, config, given, folder)
     data.index.require_excluded(config.data.exclude, folder)
     data = data.with_tool_logits() if config.temporal.tool_logits else data
@@ -89,7 +91,8 @@ def train_temporal(
     start_stage("train-temporal", config, accelerator.device, precision)
     processes.from_first(stage.open)  # not earlier, so that settings that do not allow training leave no folder behind
     if not data.val:
-        say(f"{folder}: no validation videos with phases, so the last epoch is kept instead of the best")
+        which = " or ".join(data.tracks)
+        say(f"{folder}: no validation videos with {which}, so the last epoch is kept instead of the best")
     constants = _constants(config, data)
     data = data.to(accelerator.device)
     outcome = train_head(stage.path, config.temporal.head, config, data, constants, accelerator, processes, start)
@@ -118,8 +121,9 @@ def train_head(
     trimmed = time.monotonic()
     seed_everything(config.seed)
     model = _initial_model(head, config, data, constants, start)
-    labelled = count_phases(data.bank, data.train, len(data.phases))  # (C,)
-    criterion = PhaseLoss(settings, labelled, processes.total)
+    labelled = [count_labels(data.bank, data.train, track, width) for track, width in enumerate(data.widths)]
+    criterion = TracksLoss(settings, labelled, processes.total)
+    frames = max(int(counts.sum()) for counts in labelled)
     groups = [{"params": model.head.parameters(), "name": "head"}]
     make_folder(folder)
     about, steps_take_long = _describe(head, config, data).to_json(), settings.sequence.mode == "clips"
@@ -137,11 +141,11 @@ def train_head(
             if time.monotonic() - trimmed > TRIM_INTERVAL_S:
                 give_back_freed_memory()
                 trimmed = time.monotonic()
-            speed = int(labelled.sum()) * remaining / len(batches) / seconds
-            accuracy = validate(model, data, settings.sequence, session)
-            bar.set_postfix(loss=f"{session.mean_loss:.4f}", val_accuracy=accuracy, refresh=False)
+            speed = frames * remaining / len(batches) / seconds
+            scores = validate(model, data, settings.sequence, session)
+            bar.set_postfix(loss=f"{session.mean_loss:.4f}", val_accuracy=scores["val_accuracy"], refresh=False)
             bar.update(1)
-            session.finish_epoch({"val_accuracy": accuracy, "frames_per_s": round(speed, 1)}, accuracy)
+            session.finish_epoch({**scores, "frames_per_s": round(speed, 1)}, scores["val_accuracy"])
     return processes.from_first(lambda: _outcome(folder, session, model))
 
 
@@ -154,7 +158,7 @@ def _initial_model(
 ) -> PhaseModel:
     """The model before the first step, with new weights or, if `head` is the one in the settings, `start_from`'s."""
     settings, width = config.temporal, data.bank.embedding_dim
-    model = PhaseModel(Standardise(*constants), build_head(head, width, len(data.phases)))
+    model = PhaseModel(Standardise(*constants), build_head(head, width, *data.widths))
     model.head.configure_training(settings)
     if settings.start_from is not None and head == settings.head:
         assert start is not None
@@ -165,7 +169,7 @@ def _initial_model(
 def _train_epoch(
     session: TrainingSession,
     model: PhaseModel,
-    criterion: PhaseLoss,
+    criterion: TracksLoss,
     bank: FeatureBank,
     batches: Sequence[Batch],
     carries: bool,
@@ -173,14 +177,14 @@ def _train_epoch(
     """Train the remaining steps of an epoch; if `carries`, each batch passes its state on to the batch after it."""
     processes = session.processes
     shares = [whole.share(processes.rank, processes.count) for whole in batches[session.position.step :]]
-    for (batch, counts), (x, phase) in session.batches(bank.gathered(shares), len(batches)):  # (B, T, D), (B, T)
+    for (batch, counts), (x, labels) in session.batches(bank.gathered(shares), len(batches)):  # (B, T, D), (L, B, T)
         if not counts:
-            phase.fill_(NO_LABEL)
+            labels.fill_(NO_LABEL)
         state = None if batch.fresh else first_rows(model.carried, len(batch))
         with session.autocast():
             output = session.model(x, state, batch.lengths)
         model.carried = detach_state(output.state) if carries and counts else ()
-        loss = criterion(output.logits_per_stage, phase)
+        loss = criterion(output.logits_per_stage, labels)
         del output  # otherwise its hidden features would take up memory during the backward pass
         session.update(loss, partial(bank.names, batch))
     model.carried = ()
@@ -227,41 +231,93 @@ class PhaseLoss:
         return torch.stack(summed).sum() / total
 
 
+class TracksLoss:
+    """The sum over label tracks of each track's `PhaseLoss`, with its own class weights and labelled frames."""
+
+    def __init__(
+        self,
+        settings: schema.TemporalConfig,
+        counts: Sequence[Tensor],
+        over_all: Callable[[Tensor], Tensor] = one_process,
+    ) -> None:
+        """`counts` holds the number of labelled training frames of each class, (C,) for each track."""
+        self.of_tracks = [PhaseLoss(settings, one, over_all) for one in counts]
+        self.widths = [len(one) for one in counts]
+
+    def __call__(self, stages: Sequence[Tensor], labels: Tensor) -> Tensor:
+        """The loss, a scalar, of logits [(B, T, C), ...] per stage for labels (L, B, T), -1 = no label."""
+        if len(self.widths) == 1:
+            return self.of_tracks[0](stages, labels[0])
+        by_track = zip(*(logits.split(self.widths, dim=-1) for logits in stages), strict=True)
+        losses = [loss(parts, one) for loss, parts, one in zip(self.of_tracks, by_track, labels, strict=True)]
+        return torch.stack(losses).sum()
+
+
+def score_of(tracks: Sequence[str]) -> str:
+    """What is compared between epochs and settings, in words: `SCORE`, and of several tracks the mean over these."""
+    return SCORE if len(tracks) == 1 else f"{SCORE}, then over {' and '.join(tracks)}"
+
+
 def validate(
     model: PhaseModel, data: TrainingData, sequence: schema.SequenceConfig, session: TrainingSession
-) -> float | None:
-    """`SCORE` of the current model, or None without validation videos; the processes divide the videos among them."""
+) -> dict[str, float | None]:
+    """The scores of the current model; the processes divide the validation videos among them."""
     if not data.val:
-        return None
+        return _scores(data, [])
     mine = session.processes.share(data.val)
 
-    def work() -> list[float]:
+    def work() -> list[list[float]]:
         predicted = predict_spans(model, data.bank.features, mine, sequence.inference, sequence.frames) if mine else []
-        return _accuracies(data, mine, [probabilities.argmax(dim=1) for probabilities in predicted])
+        guesses = [torch.stack([part.argmax(dim=1) for part in model.by_track(one)]) for one in predicted]
+        return _accuracies(data, mine, guesses)
 
     shares: list[list[Any]] = session.validate(work)
-    return statistics.fmean(session.processes.merged(shares))
+    return _scores(data, session.processes.merged(shares))
 
 
-def _accuracies(data: TrainingData, spans: Sequence[Span], predicted: Sequence[Tensor]) -> list[float]:
-    """For each video, the fraction of its labelled frames that are predicted correctly."""
+def _accuracies(data: TrainingData, spans: Sequence[Span], predicted: Sequence[Tensor]) -> list[list[float]]:
+    """For each video and track, the fraction of labelled frames that are predicted correctly; NaN if none has a label.
+
+    `predicted` are (L, T) for each of `spans`.
+    """
     truths = [data.truth_of(span) for span in spans]
     pairs = zip(predicted, truths, strict=True)
-    return [float((guess == truth)[truth != NO_LABEL].double().mean()) for guess, truth in pairs]
+    return [
+        [float((guess == truth)[truth != NO_LABEL].double().mean()) for guess, truth in zip(*pair, strict=True)]
+        for pair in pairs
+    ]
 
 
-def count_phases(bank: FeatureBank, spans: Sequence[Span], phases: int) -> Tensor:
-    """The number of labelled frames of each phase (C,)."""
-    labels = torch.cat([bank.phase_of(span) for span in spans])
-    return torch.bincount(labels[labels != NO_LABEL], minlength=phases)
+def _scores(data: TrainingData, accuracies: Sequence[Sequence[float]]) -> dict[str, float | None]:
+    """`val_accuracy` (see `score_of`) and, of several tracks, that of each; None without labelled validation videos.
+
+    `accuracies` are those of each video and track.
+    """
+    found = {}
+    for track, name in enumerate(data.tracks):
+        known = [one[track] for one in accuracies if not math.isnan(one[track])]
+        found[f"val_accuracy_{name}"] = statistics.fmean(known) if known else None
+    known = [value for value in found.values() if value is not None]
+    mean = statistics.fmean(known) if known else None
+    return {"val_accuracy": mean, **(found if len(found) > 1 else {})}
 
 
-def _constant_accuracy(data: TrainingData, phase: int) -> float | None:
-    """`SCORE` of always predicting `phase`; None without validation videos."""
-    if not data.val:
-        return None
-    always = [torch.full((span.frames,), phase) for span in data.val]
-    return statistics.fmean(_accuracies(data, data.val, always))
+def count_labels(bank: FeatureBank, spans: Sequence[Span], track: int, classes: int) -> Tensor:
+    """The number of labelled frames of each class (C,) of track number `track`."""
+    labels = torch.cat([bank.labels_of(span)[track] for span in spans])
+    return torch.bincount(labels[labels != NO_LABEL], minlength=classes)
+
+
+def _majorities(data: TrainingData) -> list[int]:
+    """The most frequent class of each track in the training videos."""
+    labels = [data.bank.labels_of(span).cpu().numpy() for span in data.train]
+    return [majority_phase([one[track] for one in labels]) for track in range(len(data.tracks))]
+
+
+def _constant_scores(data: TrainingData, classes: Sequence[int]) -> dict[str, float | None]:
+    """The scores of always predicting these classes, one of each track."""
+    always = [torch.tensor(classes)[:, None].expand(-1, span.frames) for span in data.val]
+    return _scores(data, _accuracies(data, data.val, always))
 
 
 def _constants(config: Config, data: TrainingData) -> tuple[Tensor, Tensor]:
@@ -275,7 +331,13 @@ def _constants(config: Config, data: TrainingData) -> tuple[Tensor, Tensor]:
     return torch.zeros(width), torch.ones(width)
 
 
-def _require_sensible(settings: schema.TemporalConfig) -> None:
+def _require_sensible(config: Config) -> None:
+    settings = config.temporal
+    if len(config.data.tracks) > 1 and settings.start_from is not None:
+        raise UserError(
+            "data.tracks cannot be combined with temporal.start_from: a joint net's phase branch recognises the phases "
+            "only; leave out one of the two"
+        )
     if not settings.head.causal and settings.sequence.mode == "chunked":
         raise UserError(
             "temporal.head: a head that looks into the future (such as bidirectional=true) is offline only and has no "
@@ -310,6 +372,7 @@ def _identity(config: Config, data: TrainingData) -> StageIdentity:
             "encoder_digest": data.encoder_digest,
             "dataset": data.index.dataset.name,
             "phases": list(data.phases),
+            "tracks": data.classes if len(data.tracks) > 1 else ABSENT,
             "split": data.split,
             "labels_sha256": data.labels_sha256,
             "sources_sha256": data.sources_sha256,
@@ -327,6 +390,7 @@ def _describe(head: schema.HeadSettings, config: Config, data: TrainingData) -> 
         embedding_dim=data.bank.embedding_dim - len(tool_inputs),
         tool_inputs=tool_inputs,
         phases=data.phases,
+        tracks={name: classes for name, classes in data.classes.items() if name != MAIN_TRACK} or None,
         dataset=data.index.dataset.name,
         encoder_digest=data.encoder_digest,
         encoder=data.encoder,
@@ -342,8 +406,10 @@ def _outcome(folder: Path, session: TrainingSession, model: PhaseModel) -> Train
     """The result of one head. Times are read from its log, so that interruptions of the training do not change them."""
     rows = read_metrics(folder / METRICS_LOG, "epoch")
     position = session.position
+    best = next((row for row in rows if row["epoch"] == position.best_epoch), {})
+    of_tracks = {key: value for key, value in best.items() if key.startswith("val_accuracy_")}
     return TrainingResult(
-        scores={"val_accuracy": position.best_score},
+        scores={"val_accuracy": position.best_score, **of_tracks},
         best_epoch=position.best_epoch,
         epochs=position.epoch,
         steps=position.global_step,
@@ -360,19 +426,20 @@ def _combined(
 
     `computed` holds further entries of `about`: the device, the precision and the feature folder.
     """
-    majority = majority_phase([data.bank.phase_of(span).cpu().numpy() for span in data.train])
-    always = _constant_accuracy(data, majority)
+    majority, *of_tracks = majorities = _majorities(data)
+    always = _constant_scores(data, majorities)["val_accuracy"]
     return replace(
         head,
-        score=SCORE,
+        score=score_of(data.tracks),
         seconds=round(head.seconds + (frame.seconds if frame else 0.0), 2),
         about={
             "frame": frame,
             "majority_phase": majority,
             "majority_name": data.phases[majority],
+            **({"majority_tracks": dict(zip(data.tracks[1:], of_tracks, strict=True))} if of_tracks else {}),
             "majority_val_accuracy": always,
             "train_videos": len(data.train),
-            "train_frames": int(count_phases(data.bank, data.train, len(data.phases)).sum()),
+            "train_frames": int(count_labels(data.bank, data.train, 0, len(data.phases)).sum()),
             "val_videos": len(data.val),
             **computed,
         },
@@ -384,10 +451,12 @@ def _combined(
 def _sentence(head: TrainingResult, frame: TrainingResult | None, majority: float | None) -> str:
     """The result in one line; `majority` is the accuracy of the most frequent phase. Epochs are counted from 1."""
     speed, accuracy = f"{head.frames_per_s:,.0f} frames/s", head.scores["val_accuracy"]
+    of_tracks = [(key.removeprefix("val_accuracy_"), value) for key, value in head.scores.items()][1:]
+    each = "".join(f", {name} {value:.3f}" for name, value in of_tracks if value is not None)
     if accuracy is None:
         return f"{head.epochs} epochs, no validation videos, {speed}"
     others = f"per-frame head {frame.scores['val_accuracy']:.3f}, " if frame else ""
     return (
-        f"validation accuracy {accuracy:.3f} ({others}majority {majority:.3f}), "
+        f"validation accuracy {accuracy:.3f}{each} ({others}majority {majority:.3f}), "
         f"epoch {head.best_epoch + 1} of {head.epochs}, {speed}"
     )

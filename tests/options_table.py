@@ -375,7 +375,7 @@ MODES = [
         "runs",
         ["a", "b"],
         COMPARE,
-        {**SETTINGS, "--split": "val", "--convention": "pooled", "--metric": "f1", "--json": "x.json"},
+        {**SETTINGS, "--split": "val", "--track": "a", "--convention": "pooled", "--metric": "f1", "--json": "x.json"},
         {option: value for option, value in READING.items() if option != "--ground-truth"}
         | {"--ground-truth": "truth"},
     ),
@@ -391,7 +391,7 @@ MODES = [
             "--metric": "f1",
             "--json": "x.json",
         },
-        {"--split": "val"},
+        {"--split": "val", "--track": "a"},
     ),
     Mode(
         "compare",
@@ -406,6 +406,7 @@ MODES = [
             "--metric": "f1",
             "--json": "x.json",
         },
+        {"--track": "a"},
     ),
     Mode(
         "report",

@@ -22,7 +22,7 @@ from stage2_temporal.heads.standardise import Standardise
 from stage2_temporal.joint.loss import JointLoss
 from stage2_temporal.joint.net import JointOutput, build_joint
 from stage2_temporal.model import PhaseModel
-from stage2_temporal.train import PhaseLoss
+from stage2_temporal.train import PhaseLoss, TracksLoss
 from tests.waits import GPU, Waits, faked, noted_waits
 
 TOOLS, PHASES, SIZE = 3, 4, 32
@@ -103,20 +103,20 @@ HEADS: dict[str, Any] = {
 def test_a_step_of_stage_two_does_not_wait(name: str, lengths: list[int]) -> None:
     width, frames = 5, 40
     batch = Batch(torch.tensor([0, 9, 20]), torch.tensor(lengths))
-    model = PhaseModel(Standardise.identity(width), build_head(HEADS[name], width, PHASES))
+    model = PhaseModel(Standardise.identity(width), build_head(HEADS[name], width, PHASES, PHASES))
     with noted_waits() as waits:
         faked(model)
         bank = FeatureBank(
             torch.zeros(frames, width, dtype=torch.float16, device=GPU),
-            torch.zeros(frames, dtype=torch.int64, device=GPU),
+            torch.zeros(2, frames, dtype=torch.int64, device=GPU),
             (Span(0, frames),),
             ("video01",),
         )
-        criterion = PhaseLoss(schema.TemporalConfig(), torch.ones(PHASES, device=GPU))
+        criterion = TracksLoss(schema.TemporalConfig(), [torch.ones(PHASES, device=GPU)] * 2)
         waits.clear()
-        x, phase = bank.gather(batch)
+        x, labels = bank.gather(batch)
         output = model(x, None, batch.lengths)
-        criterion(output.logits_per_stage, phase)
+        criterion(output.logits_per_stage, labels)
     assert waits == []
 
 

@@ -55,9 +55,13 @@ def pre_annotation_text(kind: str, video: VideoAnnotations) -> str:
     return json.dumps(tasks, indent=1, ensure_ascii=False) + "\n"
 
 
-def write_labelling_config(folder: Path, spec: DataSetSpec) -> None:
-    """Write Label Studio's labelling configuration beside the tasks. Raises UserError if another one is there."""
-    path, text = folder / CONFIG_FILE, label_studio_config([(DEFAULT_TRACK, spec.phases)])
+def write_labelling_config(folder: Path, spec: DataSetSpec, tracks: Sequence[str] = ()) -> None:
+    """Write Label Studio's labelling configuration beside the tasks. Raises UserError if another one is there.
+
+    `tracks` names the additional label tracks to be labelled as well.
+    """
+    classes = [(DEFAULT_TRACK, spec.phases), *((name, spec.tracks[name].classes) for name in tracks)]
+    path, text = folder / CONFIG_FILE, label_studio_config(classes)
     if path.exists() and path.read_bytes() != text.encode():
         raise UserError(f"{path}: exists with other content; choose another folder with --out")
     write_text(path, text)

@@ -3,6 +3,10 @@
 `frame` is the frame's number in the source video, from 0, and `phase` is the predicted id, from 0. The columns `p_...`
 are probabilities, written with the fewest digits that give the same float32 when read. Evaluating a file therefore
 gives exactly the results of the run that wrote it. Equal predictions give equal bytes.
+
+Each additional label track has files of its own, in a folder with the track's name next to the files of the phases. In
+them, the track's name stands in place of `phase`, and there are no tools. They are written and read with the
+description that `DataSetSpec.as_track` returns.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError
 from engine.files import read_bounded, write_text
 
+PHASE = "phase"  # name of the column; in files of an additional label track, it is the track's name
 TOOLS_ALONE = "tool_predictions"  # folder for nets without a phase branch, instead of `predictions`
 MAX_FILE_BYTES = 256 << 20  # enough for a million rows of 14 float32 numbers
 _FRAME_LIMIT = 2**53  # larger frame numbers cannot be represented exactly in float64
@@ -42,20 +47,20 @@ class PredictionFile:
     tool_probabilities: NDArray[np.float32] | None
 
 
-def prediction_columns(spec: DataSetSpec, tools: bool, phases: bool = True) -> list[str]:
+def prediction_columns(spec: DataSetSpec, tools: bool, phases: bool = True, track: str = PHASE) -> list[str]:
     """Return the header of a prediction file; without `phases`, that of a net that predicts tools only."""
     names = [*(spec.phases if phases else ()), *(spec.tools if tools else ())]
-    return ["frame", "time_s", *(["phase", "phase_name"] if phases else []), *(f"p_{name}" for name in names)]
+    return ["frame", "time_s", *([track, f"{track}_name"] if phases else []), *(f"p_{name}" for name in names)]
 
 
-def write_prediction_csv(path: Path, prediction: PredictionFile, spec: DataSetSpec) -> None:
+def write_prediction_csv(path: Path, prediction: PredictionFile, spec: DataSetSpec, track: str = PHASE) -> None:
     """Write one video's prediction atomically; `time_s` is rounded to the millisecond.
 
     Raises UserError if the disk is full, the folder cannot be written or a value is not a probability (NaN included).
     """
     phases, tools = prediction.probabilities, prediction.tool_probabilities
     columns = np.concatenate([phases] if tools is None else [phases, tools], axis=1).astype(np.float32)  # (T, C + K)
-    header = prediction_columns(spec, tools is not None, phases.shape[1] > 0)
+    header = prediction_columns(spec, tools is not None, phases.shape[1] > 0, track)
     labels = [[int(phase), spec.phases[phase]] if phases.shape[1] else [] for phase in prediction.phase.astype(int)]
     frames, named = len(prediction.frame_index), sum(name.startswith("p_") for name in header)
     if not (len(prediction.time_s) == len(labels) == frames and columns.shape == (frames, named)):
@@ -71,13 +76,13 @@ def write_prediction_csv(path: Path, prediction: PredictionFile, spec: DataSetSp
     write_text(path, buffer.getvalue())
 
 
-def read_prediction_csv(path: Path, spec: DataSetSpec, phases: bool = True) -> PredictionFile:
+def read_prediction_csv(path: Path, spec: DataSetSpec, phases: bool = True, track: str = PHASE) -> PredictionFile:
     """Read a prediction file of this data set; without `phases`, one of a net that predicts tools only.
 
     Raises UserError naming file and row if anything is not as `write_prediction_csv` writes it.
     """
     rows = _rows(path)
-    tools = _has_tools(path, rows[0], spec, phases)
+    tools = _has_tools(path, rows[0], spec, phases, track)
     width = len(rows[0])
     numbers = np.empty((len(rows) - 1, width - 1 if phases else width + 1))
     for number, row in enumerate(rows[1:], start=2):
@@ -114,12 +119,12 @@ def _rows(path: Path) -> list[list[str]]:
     return rows
 
 
-def _has_tools(path: Path, header: Sequence[str], spec: DataSetSpec, phases: bool) -> bool:
+def _has_tools(path: Path, header: Sequence[str], spec: DataSetSpec, phases: bool, track: str) -> bool:
     """Whether the header has tool columns. Raises UserError if it is not a header of a prediction file."""
     for tools in (True, False) if phases else (True,):
-        if header == prediction_columns(spec, tools, phases):
+        if header == prediction_columns(spec, tools, phases, track):
             return tools and bool(spec.tools)
-    expected = prediction_columns(spec, not phases or len(header) != 4 + len(spec.phases), phases)
+    expected = prediction_columns(spec, not phases or len(header) != 4 + len(spec.phases), phases, track)
     differing = (
         f"column {column} is {found!r}, but data set {spec.name} has {wanted!r}"
         for column, (found, wanted) in enumerate(zip(header, expected, strict=False), start=1)

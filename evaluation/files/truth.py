@@ -6,8 +6,8 @@ changed or are missing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,14 @@ MAX_LABELS = 1 << 28  # Cholec80 at 25 fps has 37 million labels of phases and t
 class VideoTruth:
     """One video's labels at the evaluation's rate: `phase` (T,) and `tools` (T, K) int8, with -1 for no label.
 
-    `source` is the hash of the source's ends, as recorded in the index.
+    `source` is the hash of the source's ends, as recorded in the index. `tracks` has the labels (T,) of the additional
+    label tracks that were scored.
     """
 
     phase: NDArray[np.int8]
     tools: NDArray[np.int8]
     source: str
+    tracks: Mapping[str, NDArray[np.int8]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,19 @@ class Truth:
     split: str
     fps: float
     videos: dict[str, VideoTruth]
+
+    @property
+    def tracks(self) -> list[str]:
+        """The names of the additional label tracks that were scored."""
+        return list(dict.fromkeys(name for video in self.videos.values() for name in video.tracks))
+
+    def of_track(self, name: str) -> Truth:
+        """The labels of an additional track in place of the phases."""
+        videos = {
+            video_id: VideoTruth(video.tracks[name], np.zeros((len(video.phase), 0), np.int8), video.source)
+            for video_id, video in self.videos.items()
+        }
+        return replace(self, spec=self.spec.as_track(name), videos=videos)
 
 
 def is_simulated(spec: DataSetSpec, root: Path | None) -> bool:
@@ -66,6 +81,7 @@ def write_truth(path: Path, truth: Truth) -> None:
             "source_sha256_ends": video.source,
             "phase": _packed(video.phase),
             "tools": [_packed(video.tools[:, k]) for k in range(video.tools.shape[1])],
+            **({"tracks": {track: _packed(labels) for track, labels in video.tracks.items()}} if video.tracks else {}),
         }
         for name, video in truth.videos.items()
     }
@@ -83,7 +99,7 @@ def read_truth(path: Path) -> Truth:
         videos, labels = {}, 0
         for name, entry in tree["videos"].items():
             videos[str(name)] = video = _video(entry, spec)
-            labels += video.phase.size + video.tools.size
+            labels += video.phase.size * (1 + len(video.tracks)) + video.tools.size
             if labels > MAX_LABELS:
                 raise ValueError(f"more than {MAX_LABELS:,} labels")
         return Truth(spec, str(tree["split"]), float(tree["fps"]), videos)
@@ -97,7 +113,10 @@ def _video(entry: Any, spec: DataSetSpec) -> VideoTruth:
     if len(tools) not in (0, len(spec.tools)) or any(len(track) != len(phase) for track in tools):
         raise ValueError("tool labels that do not match the data set or the phases")
     columns = np.stack(tools, axis=1) if tools else np.zeros((len(phase), 0), np.int8)
-    return VideoTruth(phase, columns, str(entry["source_sha256_ends"]))
+    tracks = {name: _unpacked(pairs, len(spec.tracks[name].classes)) for name, pairs in entry.get("tracks", {}).items()}
+    if any(len(labels) != len(phase) for labels in tracks.values()):
+        raise ValueError("labels of a track that do not match the phases")
+    return VideoTruth(phase, columns, str(entry["source_sha256_ends"]), tracks)
 
 
 def _packed(track: NDArray[Any]) -> list[list[int]]:

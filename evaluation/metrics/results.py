@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -249,7 +249,8 @@ class Evaluation(Record):
     `phases` is {head: {convention: results}}, where `temporal` is the head of the run's own predictions. `scored` and
     `videos_without_labels` have the keys "phases" and "tools", with lists of video ids. `left_out` contains the index's
     records of videos left out. `encoder` is the encoder that made the features, or None for a net that reads frames.
-    `simulated` is None in files of versions that did not record it.
+    `simulated` is None in files of versions that did not record it. `tracks` has the results of additional label
+    tracks, in the form of `phases`; None for a run that recognises phases only.
     """
 
     split: str
@@ -264,6 +265,7 @@ class Evaluation(Record):
     tools: ToolResults | None
     identity_sha256: str | None = None
     encoder: Mapping[str, Any] | None = None
+    tracks: Mapping[str, Mapping[str, ByConvention]] | None = None
     joint: JointDetails | None = field(default=None, metadata=FLAT)
 
     @classmethod
@@ -272,6 +274,15 @@ class Evaluation(Record):
         known = {one.name for one in (*fields(cls), *fields(JointDetails))}
         own = {key: value for key, value in tree.items() if key in known} if isinstance(tree, Mapping) else tree
         return super()._by_field(own)
+
+    def of_track(self, name: str) -> Evaluation:
+        """The results of an additional label track in place of those of the phases, without tools."""
+        scored = {"phases": self.scored.get(name, ()), "tools": ()}
+        without = {"phases": self.videos_without_labels.get(name, ()), "tools": ()}
+        phases = (self.tracks or {}).get(name, {})
+        return replace(
+            self, scored=scored, videos_without_labels=without, phases=phases, tools=None, tracks=None, joint=None
+        )
 
     @property
     def imported(self) -> str | None:
@@ -291,7 +302,8 @@ class Evaluation(Record):
     @property
     def scored_words(self) -> str:
         """Describe how many videos were scored: `2 videos`, or a number for each task if they differ."""
-        counts = {task: len(ids) for task, ids in self.scored.items() if getattr(self, task)}
+        results = {"phases": self.phases, "tools": self.tools, **(self.tracks or {})}
+        counts = {task: len(ids) for task, ids in self.scored.items() if results.get(task)}
         if len(set(counts.values())) < 2:
             return counted(next(iter(counts.values()), len(self.videos)), "video")
         return " and ".join(f"{task} of {counted(count, 'video')}" for task, count in counts.items())

@@ -119,7 +119,8 @@ def ablation_table(trials: Sequence[Trial], score: str) -> Table:
 def write_ablation_csv(path: Path, trials: Sequence[Trial]) -> None:
     """Write one row per training, atomically: setting, changes, seed, score (a fraction), epochs, speed and folder."""
     keys = list(dict.fromkeys(key for trial in trials for key in trial.changes))
-    numbers = ("val_accuracy", "best_epoch", "epochs", "parameters", "seconds", "frames_per_s")
+    of_tracks = dict.fromkeys(key for trial in trials for key in trial.result if key.startswith("val_accuracy_"))
+    numbers = ("val_accuracy", *of_tracks, "best_epoch", "epochs", "parameters", "seconds", "frames_per_s")
     buffer = io.StringIO(newline="")
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["setting", *keys, "seed", "base", *numbers, "folder"])

@@ -8,7 +8,7 @@ the figures as PDF and PNG.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,8 @@ class RunResults:
     `settings` and `environment` are those of the training of the evaluated net. If another program trained it,
     `environment` is empty, and `settings` only describe the net. `curves` maps a training's folder below the run to its
     epochs. `predictions` is empty for a net that predicts tools only. For any net, `times_s` contains the times (T,) of
-    the samples, and `tool_scores` the probabilities (T, K) of its tools.
+    the samples, and `tool_scores` the probabilities (T, K) of its tools. `of_tracks` has the predictions of additional
+    label tracks, by track and video.
     """
 
     name: str
@@ -56,6 +57,18 @@ class RunResults:
     settings: dict[str, Any]
     environment: dict[str, Any]
     curves: dict[str, list[dict[str, Any]]]
+    of_tracks: dict[str, dict[str, PredictionFile]] = field(default_factory=dict)
+
+    def of_track(self, name: str) -> RunResults:
+        """The results of an additional label track in place of those of the phases, without tools."""
+        return replace(
+            self,
+            evaluation=self.evaluation.of_track(name),
+            truth=self.truth.of_track(name),
+            predictions=self.of_tracks[name],
+            tool_scores={},
+            of_tracks={},
+        )
 
     @property
     def phases(self) -> Mapping[str, ByConvention]:
@@ -129,6 +142,16 @@ class Report:
         return self.runs[0].truth
 
     @property
+    def tracks(self) -> list[str]:
+        """The additional label tracks that all runs recognise."""
+        first, *others = self.runs
+        return [name for name in first.of_tracks if all(name in run.of_tracks for run in others)]
+
+    def of_track(self, name: str) -> Report:
+        """The report on an additional label track, which it has in place of the phases."""
+        return Report([run.of_track(name) for run in self.runs], self.videos)
+
+    @property
     def phase_metrics(self) -> dict[str, list[str]]:
         """The metrics with intervals for each phase, by convention; empty if no run has phases with labels."""
         known = next((found for run in self.runs if (found := run.intervals.per_phase)), {})
@@ -187,7 +210,14 @@ def _gather_run(folder: Path, name: str, split: str) -> RunResults:
         alone = evaluated / TOOLS_ALONE
         files = {video: alone / path.name for video, path in files.items()} if alone.is_dir() else {}
     predictions = {video: read_prediction_csv(path, truth.spec, has_phases) for video, path in files.items()}
-    for video, found in predictions.items():
+    of_tracks = {
+        track: {
+            video: read_prediction_csv(path.parent / track / path.name, truth.spec.as_track(track), track=track)
+            for video, path in files.items()
+        }
+        for track in truth.tracks
+    }
+    for video, found in (pair for each in (predictions, *of_tracks.values()) for pair in each.items()):
         if len(found.phase) != len(truth.videos[video].phase):
             raise UserError(
                 f"{evaluated}: {video} has {len(found.phase)} predictions, but another number of labels in "
@@ -209,6 +239,7 @@ def _gather_run(folder: Path, name: str, split: str) -> RunResults:
         settings=without_training(settings) if imported else settings,
         environment=_read_if_there(environment) if environment and not imported else {},
         curves=_curves(folder),
+        of_tracks=of_tracks,
     )
 
 
@@ -276,11 +307,14 @@ def _require_comparable(first: RunResults, other: RunResults) -> None:
         ("phases", one.spec.phases, two.spec.phases),
         ("tools", one.spec.tools, two.spec.tools),
         ("frames per second", one.fps, two.fps),
+        *((name, one.spec.tracks[name], two.spec.tracks[name]) for name in one.tracks if name in two.tracks),
     ):
         if a != b:
             raise UserError(f"{first.name} and {other.name} differ in {what} ({a} and {b}); report them one by one")
     for video, labels in one.videos.items():
         same = np.array_equal(labels.phase, two.videos[video].phase) and labels.source == two.videos[video].source
+        for name in set(labels.tracks) & set(two.videos[video].tracks):
+            same = same and np.array_equal(labels.tracks[name], two.videos[video].tracks[name])
         if not (same and np.array_equal(labels.tools, two.videos[video].tools)):
             raise UserError(
                 f"{video}: {first.name} and {other.name} were evaluated against different labels or recordings of it; "

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from configs.schema import MAIN_TRACK
 from evaluation.metrics.conventions import metric_title
 from evaluation.metrics.results import HEAD, Interval, PhaseAbout, PooledScore, Score, ToolAbout, counted
 from evaluation.reports.gather import Report, RunResults, differing_settings, settings_of
@@ -21,6 +22,7 @@ from evaluation.reports.tables import (
     shared_tool_metrics,
     tool_cells,
     tool_metric_columns,
+    track_title,
 )
 
 HEAD_TITLES = {HEAD: "Temporal head", "frame": "Per-frame head", "majority": "Most frequent phase"}
@@ -38,9 +40,13 @@ class ConventionSection:
 
 @dataclass(frozen=True)
 class Tables:
-    """All tables of a report: of each convention, of tools, of where the numbers come from, and of settings."""
+    """All tables of a report: of each convention, of tools, of where the numbers come from, and of settings.
+
+    `tracks` has those of each convention for each additional label track.
+    """
 
     conventions: dict[str, ConventionSection]
+    tracks: dict[str, dict[str, ConventionSection]]
     tools: ResultTable | None
     provenance: ResultTable
     settings: ResultTable | None
@@ -48,21 +54,29 @@ class Tables:
 
 def all_tables(report: Report) -> Tables:
     """Return all tables of a report."""
-    found = dict.fromkeys(name for run in report.runs for head in run.phases.values() for name in head)
-    shared = [name for name in found if all(name in head for run in report.runs for head in run.phases.values())]
     return Tables(
-        conventions={name: _section(report, name) for name in shared},
+        conventions=_sections(report, MAIN_TRACK),
+        tracks={track: _sections(report.of_track(track), track) for track in report.tracks},
         tools=_tools(report.runs) if any(run.evaluation.tools for run in report.runs) else None,
         provenance=_provenance(report.runs),
         settings=_settings(report.runs),
     )
 
 
-def _section(report: Report, name: str) -> ConventionSection:
+def _sections(report: Report, track: str) -> dict[str, ConventionSection]:
+    """Return the section of each convention under which all heads of all runs have results."""
+    found = dict.fromkeys(name for run in report.runs for head in run.phases.values() for name in head)
+    shared = [name for name in found if all(name in head for run in report.runs for head in run.phases.values())]
+    return {name: _section(report, name, track) for name in shared}
+
+
+def _section(report: Report, name: str, track: str) -> ConventionSection:
     known = next(head[name] for run in report.runs for head in run.phases.values())
-    tables = [_overall(report, name, *(("Phases over all", "Metric") if known.of_frames else ("Segments", "Score")))]
+    segments = "Segments" if track == MAIN_TRACK else f"{track_title(track)}: segments"
+    title, corner = (f"{track_title(track)} over all", "Metric") if known.of_frames else (segments, "Score")
+    tables = [_overall(report, name, title, corner)]
     if known.of_frames and any(HEAD in run.phases for run in report.runs):
-        tables.append(_per_phase(report, name))
+        tables.append(_per_phase(report, name, "Phase" if track == MAIN_TRACK else f"Class of {track}"))
     return ConventionSection(known.about.title, _about(known.about), tables)
 
 
@@ -104,7 +118,7 @@ def _overall(report: Report, convention: str, title: str, corner: str) -> Result
     return ResultTable(f"{title}, {convention}", corner, columns, rows, groups=groups)
 
 
-def _per_phase(report: Report, convention: str) -> ResultTable:
+def _per_phase(report: Report, convention: str, corner: str) -> ResultTable:
     results = [run.phases.get(HEAD, {}).get(convention) for run in report.runs]
     metrics = [metric for metric in metrics_of(one for one in results if one) if metric != "accuracy"]
     rows = []
@@ -120,9 +134,10 @@ def _per_phase(report: Report, convention: str) -> ResultTable:
         rows.append((phase, cells))
     columns = [*map(metric_title, metrics), "Videos"] * len(report.runs)
     groups = [(run.name, len(metrics) + 1) for run in report.runs]
-    caption = f"Each phase, {HEAD_TITLES[HEAD].lower()}, {convention}"
-    notes = ["Videos: how many have the phase in their truth. ± here: over the videos that count."]
-    return ResultTable(caption, "Phase", columns, rows, notes, groups)
+    caption = f"Each {corner.lower()}, {HEAD_TITLES[HEAD].lower()}, {convention}"
+    word = "phase" if corner == "Phase" else "class"
+    notes = [f"Videos: how many have the {word} in their truth. ± here: over the videos that count."]
+    return ResultTable(caption, corner, columns, rows, notes, groups)
 
 
 def _cells(scores: Iterable[Score | None], intervals: Iterable[Interval | None]) -> list[str]:

@@ -84,7 +84,8 @@ def render_model_card(facts: Mapping[str, Any]) -> str:
     template = environment.get_template("model_card.md.j2")
     results = evaluation.phases.get(HEAD)
     columns = metrics_of(result for result in (results or {}).values() if result.of_frames)
-    return template.render(**facts, results=results, columns=columns, baselines=baselines)
+    tracks = {name: heads for name, heads in (evaluation.tracks or {}).items() if HEAD in heads}
+    return template.render(**facts, results=results, columns=columns, baselines=baselines, tracks=tracks, head=HEAD)
 
 
 def _kind(stage: str, spec: DataSetSpec, settings: Mapping[str, Any], evaluation: Evaluation) -> str:
@@ -93,7 +94,8 @@ def _kind(stage: str, spec: DataSetSpec, settings: Mapping[str, Any], evaluation
     untrained = stage == "temporal" and settings.get("extract", {}).get("encoder") == "initial"
     if not spec.tools or untrained:
         tasks = "phase"
-    return f"{_KINDS['tool' if tasks == 'tool' else stage]} for {_TASKS[tasks]}"
+    names = [*_TASKS[tasks].split(" and "), *(evaluation.tracks or ())]
+    return f"{_KINDS['tool' if tasks == 'tool' else stage]} for {', '.join([*names[:-2], ' and '.join(names[-2:])])}"
 
 
 def _made_with(environment: Mapping[str, Any]) -> str:

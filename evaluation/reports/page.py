@@ -46,6 +46,7 @@ def render(report: Report) -> str:
         metrics=[(metric, metric_title(metric)) for metric in next(iter(report.phase_metrics.values()), ())],
         unlabelled=any((video.phase < 0).any() for video in report.truth.videos.values()),
         phases=plotly_figures.legend(report.truth.spec.phases),
+        tracks={name: plotly_figures.legend(report.truth.spec.tracks[name].classes) for name in report.tracks},
         policy=Markup(_policy(scripts)),
         style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
         plotly=Markup(scripts[0]),

@@ -8,7 +8,7 @@ with our own ticks, because Plotly's date axes would read the numbers 1000 to 99
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import unescape
 from typing import Any
 
@@ -98,7 +98,8 @@ def all_figures(report: Report) -> dict[str, Figure]:
     """Return all figures of the report by id.
 
     The ids are `ribbon-0`, `tools-0` (one per video, in the report's order), `bars-<convention>-<metric>`,
-    `confusion-<run>`, `curve-<tool>` and `training-<number>`.
+    `confusion-<run>`, `curve-<tool>` and `training-<number>`; `track-<track>-ribbon-0` and
+    `track-<track>-confusion-<run>` for additional label tracks.
     """
     found: list[Figure] = []
     for number, video in enumerate(report.videos):
@@ -107,7 +108,18 @@ def all_figures(report: Report) -> dict[str, Figure]:
     found += filter(None, (confusion(run, number) for number, run in enumerate(report.runs)))
     found += precision_recall(report.runs)
     found += training(report.runs)
+    found += [figure for track in report.tracks for figure in _track_figures(report.of_track(track), track)]
     return {figure.id: figure for figure in found}
+
+
+def _track_figures(report: Report, track: str) -> Iterator[Figure]:
+    """Yield the ribbons and confusion matrices of an additional label track; their ids start with `track-<track>-`."""
+    ribbons = (ribbon(report, number, video) for number, video in enumerate(report.videos))
+    matrices = (confusion(run, number) for number, run in enumerate(report.runs))
+    for figure in filter(None, (*ribbons, *matrices)):
+        title, alt = f"{figure.title}, {track}", f"{track}: {figure.alt}".replace("Phases of", "classes of")
+        file = f"{track}-{figure.file}" if figure.file else ""
+        yield replace(figure, id=f"track-{track}-{figure.id}", title=title, alt=alt, file=file)
 
 
 def _layout(bottom_px: int, **more: Any) -> dict[str, Any]:

@@ -46,6 +46,8 @@ def _drawings(report: Report) -> dict[str, Callable[[Path], None]]:
     predicted = [video for video in report.videos if any(video in run.predictions for run in report.runs)]
     if predicted:
         found["ribbons"] = partial(_ribbons, report=report, videos=predicted)
+        for track in report.tracks:
+            found[f"{track}-ribbons"] = partial(_ribbons, report=report.of_track(track), videos=predicted)
     panels: dict[str, list[Figure]] = {}
     for figure in all_figures(report).values():
         panels.setdefault(figure.file, []).append(figure)

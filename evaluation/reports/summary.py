@@ -58,6 +58,16 @@ def summarise(phases: ByConvention | None, tools: ToolResults | None) -> dict[st
     }
 
 
+def summarise_tracks(tracks: Mapping[str, Mapping[str, ByConvention]]) -> dict[str, dict[str, float | None]]:
+    """Return accuracy and F1 of each head on each additional label track, as fractions, defined as for the phases."""
+    found: dict[str, dict[str, float | None]] = {}
+    for track, heads in tracks.items():
+        scores = {head: summarise(results, None) for head, results in heads.items()}
+        found[track] = {f"accuracy_{head}": one["phase_accuracy"] for head, one in scores.items()}
+        found[track] |= {f"f1_{head}": one["phase_f1"] for head, one in scores.items() if head != "majority"}
+    return found
+
+
 def settings_behind(run: Path, settings: Mapping[str, Any], encoder: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return the settings of stage two, with those of stage one replaced by what really made the features.
 
@@ -78,8 +88,8 @@ def settings_behind(run: Path, settings: Mapping[str, Any], encoder: Mapping[str
 
 def used_videos(index: Index, evaluation: Evaluation) -> tuple[dict[str, list[str]], list[str]]:
     """Return the videos of train, val and test that have labels of any task, by split, and those without labels."""
-    without = {task: set(evaluation.videos_without_labels.get(task, ())) for task in ("phases", "tools")}
-    empty = without["phases"] & without["tools" if index.dataset.tools else "phases"]
+    tasks = ["phases", *(["tools"] if index.dataset.tools else []), *(evaluation.tracks or ())]
+    empty = set.intersection(*(set(evaluation.videos_without_labels.get(task, ())) for task in tasks))
     parts = {part: [entry.id for entry in index.by_split(part)] for part in SPLITS if part != "none"}
     used = {str(part): [name for name in ids if name not in empty] for part, ids in parts.items()}
     return used, [name for ids in parts.values() for name in ids if name in empty]

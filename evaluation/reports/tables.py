@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from configs.errors import UserError
+from configs.schema import MAIN_TRACK
 from evaluation.metrics.conventions import MAIN_CONVENTION, convention_titles, metric_title
 from evaluation.metrics.results import (
     ByConvention,
@@ -85,8 +86,8 @@ class ResultTable:
         return table
 
 
-def phase_table(results: ByConvention, convention: str = MAIN_CONVENTION) -> ResultTable:
-    """Return a table of the metrics of each phase and over all phases, in percent.
+def phase_table(results: ByConvention, convention: str = MAIN_CONVENTION, track: str = MAIN_TRACK) -> ResultTable:
+    """Return a table of the metrics of each phase and over all phases, in percent; `track` names another label track.
 
     A phase's row contains mean ± standard deviation over the videos with that phase; the last row follows the
     convention. Raises UserError if `results` do not contain the convention or it does not compare frames.
@@ -98,8 +99,8 @@ def phase_table(results: ByConvention, convention: str = MAIN_CONVENTION) -> Res
     }
     found["all"] = (result.score, about.videos)
     return ResultTable(
-        f"Phases, {about.title} [{convention}], percent",
-        "Phase",
+        f"{track_title(track)}, {about.title} [{convention}], percent",
+        "Phase" if track == MAIN_TRACK else "Class",
         [*map(metric_title, metrics), "Videos"],
         [(name, [*(mean_std_text(score(m)) for m in metrics), str(videos)]) for name, (score, videos) in found.items()],
         [f"Accuracy {mean_std_text(result.score('accuracy'))} %. Standard deviation: {about.std}. {_setting(about)}."],
@@ -129,12 +130,23 @@ def intervals_table(results: ByConvention) -> ResultTable:
     return ResultTable(title, "Convention", [*map(metric_title, metrics)], rows)
 
 
-def comparison_table(models: Mapping[str, ByConvention], convention: str = MAIN_CONVENTION) -> ResultTable:
-    """Return a table with one row per model (head or baseline), under one convention that compares frames."""
+def track_title(track: str) -> str:
+    """Return the name of a label track as a title: `Steps` for `steps`."""
+    return track.replace("_", " ").capitalize()
+
+
+def comparison_table(
+    models: Mapping[str, ByConvention], convention: str = MAIN_CONVENTION, track: str | None = None
+) -> ResultTable:
+    """Return a table with one row per model (head or baseline), under one convention that compares frames.
+
+    If there are tables of several label tracks, `track` names this one's in the title.
+    """
     shown = {name: _of_frames(results, convention) for name, results in models.items()}
     about = next(iter(shown.values())).about
     note = f"Standard deviation: {about.std}. {_setting(about)}."
-    return _scores_table(f"Models on the same videos [{convention}], percent", "Model", shown, note)
+    title = f"{f'{track_title(track)}, m' if track else 'M'}odels on the same videos [{convention}], percent"
+    return _scores_table(title, "Model", shown, note)
 
 
 def _scores_table(title: str, corner: str, results: Mapping[str, PhaseResults], note: str) -> ResultTable:

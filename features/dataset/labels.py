@@ -260,16 +260,17 @@ def _nearest(places: NDArray[np.int64], wanted: NDArray[np.int64]) -> NDArray[np
     return np.where(wanted - places[before] <= np.abs(places[after] - wanted), before, after)
 
 
-def unlabelled_note(phases: Mapping[str, NDArray[np.int8]], means: str) -> list[str]:
+def unlabelled_note(phases: Mapping[str, NDArray[np.int8]], means: str, what: str = "phase label") -> list[str]:
     """Return a note on frames without a phase label, or nothing if all frames have one.
 
-    `phases` contains the phases (T,) by video id. The note ends with `means`, the consequence.
+    `phases` contains the phases (T,) by video id. The note ends with `means`, the consequence. `what` is the label's
+    name.
     """
     bare = {video_id: int((phase < 0).sum()) for video_id, phase in phases.items() if (phase < 0).any()}
     if not bare:
         return []
     total = sum(map(len, phases.values()))
-    return [f"note: {sum(bare.values()):,} of {total:,} frames have no phase label ({listed([*bare])}) and {means}"]
+    return [f"note: {sum(bare.values()):,} of {total:,} frames have no {what} ({listed([*bare])}) and {means}"]
 
 
 def fit_tracks(given: Mapping[Role, tuple[Path, LabelTrack]], extent: Extent) -> FittedTracks:

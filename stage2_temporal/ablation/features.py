@@ -67,7 +67,8 @@ def share_features(base: Path, wanted: Mapping[tuple[Path, bool], object], confi
     needed, and for two folders that cannot be compared.
     """
     folders = dict.fromkeys([base, *(folder for folder, _ in wanted)])
-    found = {folder: read_training_data(folder, config.temporal.features, config.device) for folder in folders}
+    where, tracks = config.temporal.features, config.data.tracks
+    found = {folder: read_training_data(folder, where, config.device, tracks) for folder in folders}
     for folder, data in found.items():
         if not data.val:
             raise UserError(f"{folder}: no validation videos, so settings cannot be compared; index with another split")
@@ -79,18 +80,18 @@ def share_features(base: Path, wanted: Mapping[tuple[Path, bool], object], confi
     tables |= {(folder, True): found[folder].with_tool_logits() for folder, logits in wanted if logits}
     for data in tables.values():
         data.bank.features.share_memory_()
-        data.bank.phase.share_memory_()
+        data.bank.labels.share_memory_()
     return SharedFeatures(base, tables)
 
 
 def _require_comparable(base: TrainingData, other: TrainingData) -> None:
     """Raise UserError unless two folders have the same videos, splits, classes and labels."""
     for what, mine, theirs in (
-        ("phases", base.phases, other.phases),
+        *((name, base.classes[name], other.classes[name]) for name in base.tracks),
         ("training videos", base.split["train"], other.split["train"]),
         ("validation videos", base.split["val"], other.split["val"]),
     ):
-        if sorted(mine) != sorted(theirs) or (what == "phases" and mine != theirs):
+        if sorted(mine) != sorted(theirs) or (what in base.tracks and mine != theirs):
             differing = sorted(set(mine) ^ set(theirs)) or list(theirs)
             raise UserError(
                 f"{other.folder}: its {what} differ from those of {base.folder} ({', '.join(differing[:4])}); settings "
@@ -105,11 +106,13 @@ def _require_comparable(base: TrainingData, other: TrainingData) -> None:
                 f"{other.folder}: has no frame of {video_id} that is also in {base.folder}, so settings "
                 "cannot be compared; extract both at the same data.fps"
             )
-        differing = shared[base.bank.phase[rows].numpy()[at] != other.bank.phase[other_rows].numpy()[other_at]]
-        if len(differing):
+        labels, other_labels = base.bank.labels[:, rows].numpy(), other.bank.labels[:, other_rows].numpy()
+        differing_rows = shared[(labels[:, at] != other_labels[:, other_at]).any(axis=0)]
+        if len(differing_rows):
+            what = "phase" if len(base.tracks) == 1 else "label"
             raise UserError(
-                f"{other.folder}: {video_id} has another phase at frame {differing[0]} than in {base.folder}; run "
-                "extract for both, which updates labels"
+                f"{other.folder}: {video_id} has another {what} at frame {differing_rows[0]} than in {base.folder}; "
+                "run extract for both, which updates labels"
             )
 
 
@@ -122,5 +125,6 @@ def _common_moments(data: TrainingData, everyone: list[TrainingData]) -> torch.T
         for other in everyone:
             present = np.isin(frames, other.frame_index[other.bank.span_of(video_id).rows].numpy())
             scored[span.rows] &= torch.from_numpy(present)
-    complete = all(bool(scored[span.rows][data.bank.phase_of(span) != NO_LABEL].all()) for span in data.val)
+    labelled = ((data.bank.labels_of(span) != NO_LABEL).any(dim=0) for span in data.val)
+    complete = all(bool(scored[span.rows][rows].all()) for span, rows in zip(data.val, labelled, strict=True))
     return None if complete else scored

@@ -51,7 +51,7 @@ from stage2_temporal.ablation.features import SharedFeatures, folder_of, share_f
 from stage2_temporal.ablation.study import NAMED, TrialFolders, corners, distributions, open_study, size
 from stage2_temporal.data import TrainingData
 from stage2_temporal.joint.start import start_weights
-from stage2_temporal.train import SCORE, require_arithmetic, train_temporal
+from stage2_temporal.train import require_arithmetic, score_of, train_temporal
 
 BASE = "base"
 # Trainings per core in one round. If all settings are known, there are many, which saves starts of processes. If they
@@ -217,7 +217,7 @@ def ablate(
                 if reason is not None:
                     failed.append((label, reason))
                 result = plan.folders.result(unit.folder)
-                _show(live, plan.trials(), label, result, reason)
+                _show(live, plan.trials(), plan.score, label, result, reason)
         _write_outcome(folder, plan)
     left_out = shared.of(shared.base, False).index.missing
     return failed + [(f"{video.id} is left out", video.reason) for video in left_out]
@@ -290,6 +290,7 @@ class _Plan:
     ) -> None:
         self.spec, self.base, self.overrides, self.shared = spec, base, overrides, shared
         self.folders = TrialFolders(folder / "trials", spec, self._folder)
+        self.score = score_of(shared.of(shared.base, False).tracks)
         self._points = self.folders.points()
         self.study = open_study(self.folders, self._points)
         self._as_named: set[Unit] = set()  # finished trainings that `_require_as_named` has checked
@@ -412,6 +413,7 @@ def _claim_folder(folder: Path, spec: AblationConfig, base: Config, shared: Shar
             "temporal": settings_without(base.temporal, "features"),
             "encoder_digest": data.encoder_digest,
             "labels_sha256": data.labels_sha256,
+            "tracks": data.classes if len(data.tracks) > 1 else ABSENT,
             "other_features": sorted(shared.others.values()) or ABSENT,
         }
     )
@@ -433,11 +435,16 @@ def _live_table() -> Iterator[Live | None]:
 
 
 def _show(
-    live: Live | None, trials: Sequence[Trial], label: str, result: Mapping[str, Any] | None, reason: str | None
+    live: Live | None,
+    trials: Sequence[Trial],
+    score: str,
+    label: str,
+    result: Mapping[str, Any] | None,
+    reason: str | None,
 ) -> None:
     """Redraw the table on a terminal; without one, print one line per training."""
     if live is not None and reason is None:
-        live.update(ablation_table(trials, SCORE), refresh=True)
+        live.update(ablation_table(trials, score), refresh=True)
         return
     outcome = reason or (f"{100 * result['val_accuracy']:.2f} %" if result else "no result")
     say(f"{label}: {outcome} ({counted(len(trials), 'training')} done)")
@@ -449,7 +456,7 @@ def _write_outcome(folder: Path, plan: _Plan) -> None:
         return
     write_ablation_csv(folder / "ablation.csv", trials)
     figures = _figures(plan.study)
-    write_text(folder / ABLATION_PAGE, ablation_page(plan.spec.title or folder.name, trials, SCORE, figures))
+    write_text(folder / ABLATION_PAGE, ablation_page(plan.spec.title or folder.name, trials, plan.score, figures))
     winner = ablation_rows(trials)[0].label
     best = next(trial for trial in trials if trial.label == winner)
     config = unit_config(plan.spec.base, plan.overrides, Unit(tuple(best.changes.items()), best.seed))
@@ -457,7 +464,7 @@ def _write_outcome(folder: Path, plan: _Plan) -> None:
     header = f"# The best setting of the ablation {folder.name} on the validation videos: {best.label}.\n"
     header += f"# Its features: train-temporal --features {features}\n"
     write_text(folder / "best.yaml", header + to_yaml(config))
-    Console().print(ablation_table(trials, SCORE))
+    Console().print(ablation_table(trials, plan.score))
     names = ", ".join(str(folder / name) for name in ("ablation.csv", ABLATION_PAGE, "best.yaml"))
     say(f"written: {names} (for train-temporal --config)")
 

@@ -9,7 +9,7 @@ for a whole video at once, for chunks of any length with the state carried from 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -41,13 +41,18 @@ class HeadOutput(NamedTuple):
 
 
 class Head(nn.Module, ABC):
-    """The interface of all heads. A subclass must set `hidden_dim`, the width of `HeadOutput.hidden`."""
+    """The interface of all heads. A subclass must set `hidden_dim`, the width of `HeadOutput.hidden`.
+
+    If several label tracks are learned, C is the number of classes of all tracks together: the logits of the tracks
+    are side by side, and `widths` holds the number of classes of each (phases first).
+    """
 
     hidden_dim: int
 
     def __init__(self, config: HeadSettings, embedding_dim: int, phases: int) -> None:
         super().__init__()
         self.causal, self.phases = config.causal, phases
+        self.widths: tuple[int, ...] = (phases,)
 
     def configure_training(self, settings: TemporalConfig) -> None:
         """Apply training settings outside `head` that concern this head; by default there are none."""
@@ -95,9 +100,21 @@ def register_head(name: str, settings: type[HeadSettings]) -> Callable[[HeadClas
     return register
 
 
-def build_head(config: HeadSettings, embedding_dim: int, phases: int) -> Head:
-    """The head that `config` names, with new random weights, for embeddings of width `embedding_dim`."""
-    return HEADS.find(config.name)(config, embedding_dim, phases)
+def build_head(config: HeadSettings, embedding_dim: int, *classes: int) -> Head:
+    """The head that `config` names, with new random weights, for embeddings of width `embedding_dim`.
+
+    `classes` holds the number of classes of each label track, phases first.
+    """
+    head = HEADS.find(config.name)(config, embedding_dim, sum(classes))
+    head.widths = classes
+    return head
+
+
+def softmax_by_track(logits: Tensor, widths: Sequence[int], dim: int) -> Tensor:
+    """The probabilities of logits whose dimension `dim` has the classes of all tracks, `widths` of each."""
+    if len(widths) == 1:
+        return logits.softmax(dim)
+    return torch.cat([part.softmax(dim) for part in logits.split(list(widths), dim)], dim)
 
 
 def real_frames(lengths: Tensor, frames: int, device: torch.device) -> Tensor:

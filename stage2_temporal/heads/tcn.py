@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs import schema
-from stage2_temporal.heads.base import Head, HeadOutput, State, register_head
+from stage2_temporal.heads.base import Head, HeadOutput, State, register_head, softmax_by_track
 
 
 class CausalLayer(nn.Module):
@@ -34,9 +34,9 @@ class CausalLayer(nn.Module):
 class TcnHead(Head):
     """A multi-stage TCN: each stage has M feature maps and layers with dilations 1, 2, 4, ...
 
-    The first stage gets the embeddings, and every further stage refines the softmax of the one before. The loss is
-    summed over stages. The state holds the past inputs of each layer. They are zero at the start of a video, which is
-    the same as zero padding.
+    The first stage gets the embeddings, and every further stage refines the softmax of the one before, of each label
+    track by itself. The loss is summed over stages. The state holds the past inputs of each layer. They are zero at the
+    start of a video, which is the same as zero padding.
     """
 
     def __init__(self, config: schema.TcnHead, embedding_dim: int, phases: int) -> None:
@@ -57,7 +57,7 @@ class TcnHead(Head):
         after: list[Tensor] = []
         stages: list[Tensor] = []
         for enter, layers, leave in zip(self.enter, self.layers, self.leave, strict=True):
-            y = enter(F.softmax(y, dim=1) if stages else y)  # (B, M, T)
+            y = enter(softmax_by_track(y, self.widths, 1) if stages else y)  # (B, M, T)
             for layer in layers:  # type: ignore[attr-defined]
                 y, kept = layer(y, next(past).to(y.dtype))
                 after.append(kept)

@@ -121,7 +121,7 @@ class JointNet(nn.Module):
     @property
     def phases(self) -> int:
         """The number of phases, C; 0 without a phase branch."""
-        return self.phase.phases if self.phase is not None else 0
+        return self.phase.classes if self.phase is not None else 0
 
 
 def build_joint(
@@ -168,6 +168,11 @@ def attach_temporal(net: JointNet, run: Path, phases: Sequence[str], head: HeadS
         raise UserError(
             f"{path}: reads tool logits in addition to embeddings, but the phase branch of a joint net does not; "
             "train stage two with temporal.tool_logits=false"
+        )
+    if about.tracks:
+        raise UserError(
+            f"{path}: recognises {', '.join(about.tracks)} besides the phases, which a joint net's phase branch does "
+            "not; train stage two with data.tracks=[phases]"
         )
     require_same_model(path, model, about, phases, head, net.backbone.embedding_dim)
     net.phase.load_state_dict(model.state_dict())

@@ -122,6 +122,9 @@ def train_joint(
     out, reported, and listed in the result as `left_out`. Raises UserError for settings, labels or checkpoints that do
     not fit. When asked to stop, saves everything and raises Stopped.
     """
+    if len(config.data.tracks) > 1:
+        asked = ", ".join(config.data.tracks)
+        raise UserError(f"data.tracks={asked}: the joint net recognises the phases only; set data.tracks=[phases]")
     processes = join(config.device, stop)
     files = start.files()
     _require_effect(config)

@@ -46,9 +46,10 @@ def train(tmp_path: Path, cue_folder: Path) -> Train:
         folder: Path | None = None,
         stop: StopRequest | None = None,
         seed: int = 0,
+        data: dict | None = None,
     ) -> dict:
         config = Config.model_validate(
-            {"seed": seed, "device": "cpu", "runs": tmp_path, "temporal": small(**(temporal or {}))}
+            {"seed": seed, "device": "cpu", "runs": tmp_path, "temporal": small(**(temporal or {})), "data": data or {}}
         )
         stop = StopRequest() if stop is None else stop
         return train_temporal(config, tmp_path / name, folder or cue_folder, stop).to_json()

@@ -137,11 +137,11 @@ def features(frames: int, first: float, dtype: type = np.float16) -> VideoFeatur
 def test_gather_keeps_storage_and_marks_padding() -> None:
     videos = {"a": features(4, 0), "b": features(2, 100)}
     bank = FeatureBank.of(videos)
-    x, phase = bank.gather(Batch(torch.tensor([1, 4]), torch.tensor([3, 2])))
+    x, labels = bank.gather(Batch(torch.tensor([1, 4]), torch.tensor([3, 2])))
     assert x.dtype == torch.float16
     assert x[0].tolist() == videos["a"].features[1:].tolist()
     assert x[1, :2].tolist() == videos["b"].features.tolist()
-    assert phase.tolist() == [[0, 1, 2], [-1, 0, -1]]
+    assert labels.tolist() == [[[0, 1, 2], [-1, 0, -1]]]
     assert bank.names(Batch(torch.tensor([1, 4]), torch.tensor([3, 2]))) == "a, b"
     assert bank.names(Batch(torch.tensor([3]), torch.tensor([1]))) == "a"
 

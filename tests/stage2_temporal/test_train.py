@@ -22,7 +22,7 @@ from engine.logs import read_metrics
 from engine.stopping import Stopped, StopRequest
 from stage2_temporal.data import FeatureBank, Span, epoch_batches, read_training_data
 from stage2_temporal.predict import load_temporal, predict_phases
-from stage2_temporal.train import PhaseLoss, count_phases, require_arithmetic
+from stage2_temporal.train import PhaseLoss, count_labels, require_arithmetic
 from tests.onednn import cpu_with_bf16
 from tests.stage2_temporal.toy import cue_video, write_folder
 
@@ -153,7 +153,7 @@ def test_the_loss_is_that_of_the_sequences_promised(train: Any, tmp_path: Path, 
             if mode != "clips":
                 start = next(span.first for span in data.train if span.first <= first < span.first + span.frames)
             logits.append(model(data.bank.features[start : first + length][None]).logits[0, first - start :])
-            phase.append(data.bank.phase[first : first + length])
+            phase.append(data.bank.labels[0, first : first + length])
         losses.append(F.cross_entropy(torch.cat(logits), torch.cat(phase), ignore_index=-1).item())
     row = read_metrics(tmp_path / "run/temporal/metrics.jsonl", "epoch")[0]
     assert row["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
@@ -368,8 +368,8 @@ def test_no_label_no_loss_and_no_nan() -> None:
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_inverse_frequency(smoothing: float) -> None:
     phases = torch.tensor([0, 0, 0, 2, -1, 0])
-    bank = FeatureBank(torch.zeros(6, 2), phases, (Span(0, 6),), ("v",))
-    counts = count_phases(bank, bank.spans, 4)
+    bank = FeatureBank(torch.zeros(6, 2), phases[None], (Span(0, 6),), ("v",))
+    counts = count_labels(bank, bank.spans, 0, 4)
     assert counts.tolist() == [4, 0, 1, 0]
     settings = TemporalConfig(class_weighting="inverse_frequency", label_smoothing=smoothing)
     loss = PhaseLoss(settings, counts)

@@ -10,12 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.dataset_spec import DataSetSpec
+from configs.label_source import LabelSource, TrackSpec
 from configs.load import load_dataset
 from features.dataset.index import Index, VideoEntry
 from features.store import EncoderSpec, SourceIdentity, feature_path, write_features
 
 Video = tuple[str, NDArray[np.float32], NDArray[np.int8]]  # split, features (T, D), phases (T,)
 PHASES = ("Early", "Middle", "Late")
+STEPS = ("cut", "clip")
 
 
 def spec(phases: tuple[str, ...] = PHASES, tools: tuple[str, ...] = ()) -> DataSetSpec:
@@ -42,10 +44,12 @@ def write_folder(
     tool_logits: Mapping[str, NDArray[np.float32]] | None = None,
     precision: str = "fp32",
     arithmetic: str = "plain",
+    steps: Mapping[str, NDArray[np.int8]] | None = None,
 ) -> Path:
     """A feature folder as `extract` writes it, with a sample every `frame_step` frames of the source.
 
-    `weights` gives single videos another encoder, `tool_logits` (T, K) the data set tools `t0`, `t1`, ...
+    `weights` gives single videos another encoder, `tool_logits` (T, K) the data set tools `t0`, `t1`, ..., `steps` (T,)
+    the additional label track `steps`.
     """
     entries = []
     tools = tuple(f"t{k}" for k in range(next(iter(tool_logits.values())).shape[1])) if tool_logits else ()
@@ -55,8 +59,10 @@ def write_folder(
         source = SourceIdentity(name, "0" * 64, 1, 25.0)
         index = np.rint(np.arange(len(features)) * frame_step).astype(np.int64)
         no_tools = np.full((len(features), len(tools)), -1, np.int8)
+        attributes = {"phases": json.dumps(phases)} | ({"tracks": json.dumps({"steps": STEPS})} if steps else {})
+        tracks = {"steps": steps[name]} if steps else {}
         with write_features(
-            feature_path(folder, name), encoder, source, index, phase, no_tools, {"phases": json.dumps(phases)}
+            feature_path(folder, name), encoder, source, index, phase, no_tools, attributes, tracks=tracks
         ) as writer:
             writer.append(features, tool_logits[name] if tool_logits else no_tools.astype(np.float32))
         entries.append(
@@ -72,7 +78,11 @@ def write_folder(
                 split=split,  # type: ignore[arg-type]
             )
         )
-    Index(dataset=spec(phases, tools), videos=tuple(entries)).save(folder / "index.json")
+    described = spec(phases, tools)
+    if steps:
+        of_steps = {"steps": LabelSource(files=r"(?P<id>\w+)-steps\.txt")}
+        described = described.model_copy(update={"tracks": {"steps": TrackSpec(classes=STEPS)}, "labels": of_steps})
+    Index(dataset=described, videos=tuple(entries)).save(folder / "index.json")
     return folder
 
 
