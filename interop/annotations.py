@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -169,16 +169,20 @@ def _read_all(
                 continue
             notes += found.notes
             for video in found.videos:
+                video = _completed(video, ask)
                 key = id_key(video.video)
                 if key in videos:
                     raise UserError(f"{places[key]} and {path}: both have labels of {video.video}; convert one of them")
-                videos[key], places[key] = _completed(video, ask), path
+                videos[key], places[key] = video, path
     return sorted(videos.values(), key=lambda video: natural_key(video.video)), failed, notes
 
 
 def _completed(video: VideoAnnotations, ask: Conversion) -> VideoAnnotations:
-    """Return the video with what the index knows: its id's spelling, rate and file."""
-    entry = ask.entry(video.video)
+    """Return the video with what the index knows: its id's spelling, rate and file.
+
+    A file with another name than its video is recognised by the video that it is linked to.
+    """
+    entry = ask.entry(video.video) or (ask.entry(PurePosixPath(video.media).stem) if video.media else None)
     fps = ask.fps or (entry.fps if entry else video.fps)
     return replace(
         video, fps=fps, video=entry.id if entry else video.video, media=entry.source if entry else video.media
@@ -216,8 +220,11 @@ def _chosen(video: VideoAnnotations, ask: Conversion, notes: list[str]) -> Video
     """Return the intervals that `ask` selects, with the data set's names of classes."""
     kept = [one for one in video.intervals if ask.track in (None, one.track)]
     kept = [one for one in kept if ask.annotator in (None, one.annotator)]
-    if ask.index is not None and ask.entry(video.video) is None:
+    entry = ask.entry(video.video)
+    if ask.index is not None and entry is None:
         notes.append(f"{video.video}: not in the index")
+    if entry is not None and entry.times and ask.target in ("labelstudio", "cholec80"):
+        notes.append(f"{video.video}: has no constant frame rate; frames are counted at its mean, {entry.fps:.6g} fps")
     if ask.spec is not None:
         kept = [_named(one, video.video, ask.spec) for one in kept]
     return replace(video, intervals=tuple(kept))

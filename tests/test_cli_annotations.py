@@ -1,4 +1,4 @@
-"""Files of annotation tools through the command line: `index` reads them."""
+"""Files of annotation tools through the command line: `index` reads them, and `annotations convert` knows its index."""
 
 from __future__ import annotations
 
@@ -120,3 +120,23 @@ def test_a_table_of_intervals_is_a_table(folder: Path) -> None:
     (folder / "data" / "all.csv").write_text(text, encoding="utf-8")
     succeed(INDEX, folder)
     require_labels(folder)
+
+
+def test_an_index_knows_rates_lengths_and_files(folder: Path) -> None:
+    describe(folder, r"{files: 'video(?P<id>\d+)\.eaf', format: eaf, where: {tier: phase}}")
+    for video in LABELLED:
+        (folder / "data" / f"{video}.eaf").write_text(eaf_text(annotated(video), Losses()), encoding="utf-8")
+    succeed(INDEX, folder)
+    (folder / "in").mkdir()
+    (folder / "data" / "video01.eaf").rename(folder / "in" / "corrected by ann.eaf")  # it is linked to video01.mp4
+    words = ["annotations", "convert", "in", "out", "--index", "index.json", "--to"]
+    succeed([*words, "labelstudio"], folder)
+    [task] = json.loads((folder / "out" / "labelstudio.json").read_text(encoding="utf-8"))
+    assert task["data"] == {"video": "/data/local-files/?d=video01.mp4", "video_id": "video01", "fps": 25}
+    labels = [one["value"]["timelinelabels"][0] for one in task["annotations"][0]["result"]]
+    assert labels == ["Access", "Calot triangle dissection", "Closure", "Across"]  # the data set's spelling
+    output = succeed([*words, "cholec80", "--track", "phase"], folder)
+    assert "note: video01: 5 frame(s) without a label have no row" in output
+    assert len((folder / "out" / "video01-phase.txt").read_text(encoding="utf-8").splitlines()) == 1 + 45
+    (folder / "in" / "other.eaf").write_text(eaf_text(annotated("video02"), Losses()).replace("video02", "x"))
+    assert "note: other: not in the index" in succeed([*words, "csv"], folder)

@@ -189,6 +189,9 @@ LAUGHS = b"a: &a [x, x, x, x, x, x, x, x, x]\n" + b"".join(
 MERGES = b"a: &a {x: 1}\n" + b"".join(
     b"%c: &%c {<<: [%s]}\n" % (98 + k, 98 + k, b", ".join([b"*%c" % (97 + k)] * 9)) for k in range(20)
 )
+XML_LAUGHS = b"<!DOCTYPE a [<!ENTITY a 'xxxxxxxxx'>%s]><ANNOTATION_DOCUMENT>&u;</ANNOTATION_DOCUMENT>" % b"".join(
+    b"<!ENTITY %c '%s'>" % (98 + k, b"&%c;" % (97 + k) * 9) for k in range(20)
+)
 BOMBS: dict[str, tuple[str, Callable[[], bytes]]] = {
     "PNG of 30,000 x 30,000": ("image", lambda: png_bomb(30_000, 30_000)),
     "PNG of 2^31 pixels a side": ("image", lambda: png_bomb(2**31 - 1, 1)),
@@ -214,6 +217,10 @@ BOMBS: dict[str, tuple[str, Callable[[], bytes]]] = {
     "JSON of 100,000 brackets": ("index", lambda: b'{"format_version": 1, "videos": ' + b"[" * 100_000),
     "an index of endless videos": ("index", lambda: endless_index()),
     "a truth of endless frames": ("truth.json", lambda: endless_truth()),
+    "entities that multiply": ("annotations, ELAN", lambda: XML_LAUGHS),
+    "entities in another encoding": ("annotations, ELAN", lambda: XML_LAUGHS.decode().encode("utf-16")),
+    "XML of 100,000 tags in each other": ("annotations, ELAN", lambda: b"<ANNOTATION_DOCUMENT>" + b"<a>" * 100_000),
+    "tasks of 100,000 brackets": ("annotations, Label Studio", lambda: b"[" * 100_000),
     "a rate beyond all cameras": ("index", lambda: PARSERS["index"].seeds()[0].replace(b"25.0", b"1e300")),
 }  # fmt: skip
 

@@ -6,7 +6,7 @@ import csv
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ class Records:
                     )
                 for name, value in match.groupdict().items():
                     made[name].append(value)
-        return Records({**self.columns, **made}, self.places, self.numbered)
+        return replace(self, columns={**self.columns, **made})
 
     def __len__(self) -> int:
         return len(self.places)

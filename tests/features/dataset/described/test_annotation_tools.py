@@ -1,0 +1,89 @@
+"""Labels in files of ELAN and Label Studio are read as the label of each frame, at every rate of frames."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from configs.dataset_spec import DataSetSpec, FilePatterns
+from configs.errors import UserError
+from configs.label_source import LabelSource
+from features.annotation_files.eaf import eaf_text
+from features.annotation_files.intervals import Interval, Losses, VideoAnnotations
+from features.annotation_files.label_studio import label_studio_tasks
+from features.dataset.described.intervals import TimedLabels
+from features.dataset.described.labels import parse_described, records_by_video
+from features.dataset.row_numbers import Extent
+from tests.features.dataset.described.annotators import CLASSES, Film, films, labels_of, runs_of
+
+
+def read_back(content: bytes, name: str, film: Film, **fields: Any) -> list[int]:
+    source = LabelSource.model_validate({"files": r"video(?P<id>\d+)\..*", "where": {"track": "phase"}, **fields})
+    patterns = FilePatterns(video=r"video(?P<id>\d+)\.{video}", frames=r"video(?P<id>\d+)")
+    spec = DataSetSpec(name="own", annotation_fps=25, phases=CLASSES, patterns=patterns, labels={"phases": source})
+    [records] = records_by_video(content, Path(name), source, spec).values()
+    track = parse_described(records, Path(name), source, "phase", spec)
+    assert isinstance(track, TimedLabels)
+    times_s = None if film.is_steady else np.array(film.times, dtype=np.float64)
+    extent = Extent("video01.mp4", film.count, float(film.fps), 25.0, times_s=times_s)
+    return track.place(Path(name), extent).labels.tolist()
+
+
+def annotated(labels: list[int], film: Film) -> VideoAnnotations:
+    """The labels as an annotator gives them: from the time of a frame to that of the first one after it."""
+    times = [*film.times, film.end]
+    phases = [Interval("phase", CLASSES[name], float(times[a]), float(times[b])) for a, b, name in runs_of(labels)]
+    whole = Interval("step", "Across", 0.0, float(film.end))
+    return VideoAnnotations("video01", (*phases, whole), float(film.fps), "video01.mp4")
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_labels_come_back_to_the_frame(data: st.DataObject) -> None:
+    film = data.draw(films())
+    labels = data.draw(labels_of(film.count))
+    video = annotated(labels, film)
+    assert read_back(eaf_text(video, Losses()).encode(), "video01.eaf", film, format="eaf") == labels
+    if film.is_steady:
+        tasks = label_studio_tasks([video], lambda name: None, Losses())
+        for fields in ({}, {"unit": "source"}, {"unit": "sample", "rate": float(film.fps)}):
+            found = read_back(json.dumps(tasks).encode(), "video01.json", film, format="labelstudio", **fields)
+            assert (fields, found) == (fields, labels)
+
+
+@settings(max_examples=20, deadline=None)
+@given(data=st.data())
+def test_one_of_two_annotators_can_be_chosen(data: st.DataObject) -> None:
+    film = data.draw(films())
+    assume(film.is_steady)
+    both = [data.draw(labels_of(film.count)) for _ in range(2)]
+    intervals = [
+        Interval("phase", one.label, one.start_s, one.end_s, None, who)
+        for who, labels in zip("ab", both, strict=True)
+        for one in annotated(labels, film).intervals[:-1]
+    ]
+    video = VideoAnnotations("video01", tuple(intervals), float(film.fps))
+    texts = {
+        "eaf": eaf_text(video, Losses()),
+        "labelstudio": json.dumps(label_studio_tasks([video], lambda n: None, Losses())),
+    }
+    for who, labels in zip("ab", both, strict=True):
+        for kind, text in texts.items():
+            where = {"track": "phase", "annotator": who}
+            assert read_back(text.encode(), f"video01.{kind}", film, format=kind, where=where) == labels
+
+
+def test_units_that_a_format_does_not_have_are_refused() -> None:
+    film = Film((0, 1), 2, True)  # type: ignore[arg-type]
+    video = annotated([0, 1], film)
+    with pytest.raises(UserError, match="ELAN files have times; leave unit out"):
+        read_back(eaf_text(video, Losses()).encode(), "video01.eaf", film, format="eaf", unit="source")
+    tasks = json.dumps(label_studio_tasks([video], lambda name: None, Losses())).encode()
+    with pytest.raises(UserError, match="unit clock: Label Studio has frames"):
+        read_back(tasks, "video01.json", film, format="labelstudio", unit="clock")
