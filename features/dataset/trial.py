@@ -51,8 +51,8 @@ class Trial:
         """Yield the lines. Raises UserError if no video is found, or if none can be used."""
         found = find_videos(self.root, self.spec, self.config.data, leave_out=True)
         yield from self._matched(found)
-        yield from self._splits(found)
         index = self._index(found)
+        yield from self._splits(found, index)
         dataset = Dataset(index, self.root)
         self._tracks = {entry.id: load_tracks(dataset, entry) for entry in index.videos}
         yield "first labels"
@@ -86,9 +86,10 @@ class Trial:
             wanted = f"no file, expected names such as {example_of_labels(role, self.spec)}"
             yield f"  labels of {track_title(role)}: {such_as(paths, 'file') if paths else wanted}"
 
-    def _splits(self, found: Discovery) -> Iterator[str]:
+    def _splits(self, found: Discovery, index: Index) -> Iterator[str]:
         ids, split = found.ids, self.config.data.split
         paths = {video.id: [video.source, *video.labels.values()] for video in found.videos}
+        paths |= {entry.id: sorted(entry.paths) for entry in index.videos}  # also files with labels of several videos
         spec = with_lists(self.spec, published_lists(self.root, self.spec, split, paths, ids))
         if problem := usual_split_problem(ids, spec, split):
             yield f"  splits: none, since the usual one does not fit: {problem}"

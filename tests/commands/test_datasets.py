@@ -11,6 +11,7 @@ from configs.file_pattern import example_of, file_pattern
 from configs.load import dataset_names, load_dataset
 from features.dataset.describe import dataset_lines, label_form
 from tests.cli import run, succeed
+from tests.shipped_sets import make
 
 OWN = """name: own
 title: Our operations
@@ -101,6 +102,16 @@ def test_a_description_is_tried_and_nothing_is_written(tmp_path: Path) -> None:
         "  phases: 100.0%, least in op1 (100.0%); never: Closure",
     ):
         assert line in out.splitlines(), line
+
+
+def test_a_shipped_description_is_tried_with_the_splits_of_the_copy(tmp_path: Path) -> None:
+    for name, line in (
+        ("grasp", "  split official: train 2, test 1"),
+        ("multibypass140", "  split fold0: train 2, val 2, test 2"),
+        ("phakir", "  note: the description of phakir is unverified: "),
+    ):
+        make(name, tmp_path / name)
+        assert line in succeed(["datasets", "check", name, "--root", name], tmp_path)
 
 
 def test_what_is_missing_is_named_with_exit_code_1(tmp_path: Path) -> None:
