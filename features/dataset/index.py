@@ -91,6 +91,12 @@ class VideoPart(OmitsDefaults):
     tool_file: AnnotationFile | None = None
     track_files: dict[str, AnnotationFile] = Field({})
 
+    @model_validator(mode="after")
+    def _times_fit(self) -> VideoPart:
+        if self.times is not None:
+            self.times.seconds(self.frame_count)
+        return self
+
 
 class VideoEntry(OmitsDefaults):
     """One video: its source, its split and its annotation files.

@@ -209,8 +209,9 @@ def _read_index(folder: Path) -> Read:
         index.digest()
         Index.from_json(index.to_json())
         for entry in index.videos:
-            if not inside(root, entry.source).resolve().is_relative_to(root.resolve()):
-                raise AssertionError(f"{entry.source} leads out of the root")
+            for path in (*entry.paths, *(one.source for one in entry.sources)):
+                if not inside(root, path).resolve().is_relative_to(root.resolve()):
+                    raise AssertionError(f"{path} leads out of the root")
             frame_times_s(entry, [entry.frame_count - 1])
             for step in (partial(sampled_frames, entry, 1.0), partial(load_labels, dataset, entry, [0, 5])):
                 _allow_refusal(step)
@@ -228,6 +229,11 @@ def _index_tree() -> dict[str, Any]:
     records = {"frame_base": 0, "total_frames": 40, "phase_order": list(SPEC.phases), "labels": "34x0:0,2 6x1:-"}
     steps = np.where(np.arange(59) == 30, 540, 40).astype("<u4")
     times = {"tick_s": [1, 1000], "steps": base64.b64encode(zlib.compress(steps.tobytes())).decode()}
+    part = {name: value for name, value in base.items() if name != "split"}
+    parts = [
+        {**part, "source": "a/5_1.mp4", "frame_count": 60, "times": times},
+        {**part, "source": "a/5_2.mp4", "frame_count": 40, "fps": 30.0, "phase_file": {**file, "row_base": 0}},
+    ]
     return {
         "format_version": 1,
         "dataset": SPEC.model_dump(mode="json"),
@@ -237,6 +243,8 @@ def _index_tree() -> dict[str, Any]:
             {"id": "video03", "kind": "tfrecord", "source": "v.tfrecord", "frame_count": 40, **base, "fps": 1.0,
              "records": records},
             {"id": "video04", "kind": "video", "source": "a/4.mkv", "frame_count": 60, **base, "times": times},
+            {"id": "video05", "kind": "video", "source": "a/5_1.mp4", "frame_count": 100, **base, "phase_file": file,
+             "parts": parts},
         ],
     }  # fmt: skip
 
