@@ -22,6 +22,7 @@ from evaluation.metrics import plugin_names
 from evaluation.metrics.results import HEAD, METRICS_FILE, Evaluation, read_evaluation
 from features.dataset.catalogue import known_root, say_left_out
 from features.dataset.index import Index
+from features.frames.preprocess import require_extracted
 from features.frames.settings_match import require_features_of
 from features.store import VideoFeatures, feature_path, recorded_encoder
 from features.store_folder import INDEX_FILE, find_feature_folder, load_feature_set, usable_index, with_recorded_faults
@@ -76,6 +77,8 @@ def evaluate_run(
     if index_file is None:
         folder, index = _own_features(config, run, features, given)
     else:
+        if features is None:
+            require_extracted(about.encoder.get("preprocess") if about.encoder else None, str(temporal / BEST_FILE))
         folder, index = _other_features(config, run, index_file, out / "features", features, stop)
     videos = _load(folder, index, split)
     _require_compatible(about, folder, index, videos, temporal)

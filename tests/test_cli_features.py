@@ -137,6 +137,10 @@ def test_to_mstcn_and_back(extracted: Path, tmp_path: Path) -> None:
     assert "backbone: imported-mstcn" in succeed(["features", "info", out], tmp_path)
     line = refuse(["predict", "--config", "tiny.yaml", "--name", "mstcn", "data/videos/video05.mp4"], extracted)
     assert "trained on imported features" in line
+    line = refuse(
+        ["evaluate", "--config", "tiny.yaml", "--name", "mstcn", "--index", "artifacts/index.json"], extracted
+    )
+    assert "trained on imported features" in line
     line = refuse(["features", "export", out, str(folder), "--to", "npz"], tmp_path)
     assert "exists and is not empty; choose another folder" in line
     line = refuse(["features", "import", str(folder), "--out", out, "--index", "x", "--split", "a"], tmp_path)

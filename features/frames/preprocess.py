@@ -267,16 +267,21 @@ def preprocess_json(config: PreprocessConfig) -> dict[str, Any]:
     return {**geometry_json(config), **crop, "scale": "1/255", "mean": list(config.mean), "std": list(config.std)}
 
 
-def preprocess_from_json(recorded: Any, where: str) -> PreprocessConfig:
-    """Return the settings that a record made by `preprocess_json` describes.
-
-    Raises UserError if another version made the record, or if the features were imported.
-    """
+def require_extracted(recorded: Any, where: str) -> None:
+    """Raise UserError if a record of preprocessing is that of imported features, since no frame can be made so."""
     if isinstance(recorded, Mapping) and IMPORTED in recorded:
         raise UserError(
             f"{where}: trained on imported features, whose encoder and preprocessing are not known here: `evaluate` "
             "scores such features, but commands that read frames, such as `predict`, cannot compute them"
         )
+
+
+def preprocess_from_json(recorded: Any, where: str) -> PreprocessConfig:
+    """Return the settings that a record made by `preprocess_json` describes.
+
+    Raises UserError if another version made the record, or if the features were imported.
+    """
+    require_extracted(recorded, where)
     try:
         config = PreprocessConfig(
             cut_margin=recorded["cut_margin"] is not None,

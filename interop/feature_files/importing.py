@@ -95,12 +95,13 @@ class ImportReport:
     relabelled: list[str] = field(default_factory=list)
     left_out: list[dict[str, Any]] = field(default_factory=list)
     frames: int = 0
+    stored: str = ""
 
     def sentence(self) -> str:
         """The outcome in one line."""
         counts = {"unchanged": len(self.skipped), "with new labels only": len(self.relabelled)}
         others = "".join(f", {count} {word}" for word, count in counts.items() if count)
-        return f"{len(self.done)} video(s) imported ({self.frames:,} frames){others}; {self.folder}"
+        return f"{len(self.done)} video(s) imported ({self.frames:,} frames, {self.stored}){others}; {self.folder}"
 
 
 def import_features(place: Path, out: Path, config: Config, request: Request, stop: StopRequest) -> ImportReport:
@@ -121,7 +122,8 @@ def import_features(place: Path, out: Path, config: Config, request: Request, st
     index, encoder = job.index(videos, axes, lengths), job.encoder(videos, axes)
     _require_same_encoder(out, encoder)
     say_left_out(index)
-    report = ImportReport(out, left_out=index.left_out_records())
+    stored = f"{encoder.embedding_dim} values each, {encoder.storage}, {encoder.fps:g} per second"
+    report = ImportReport(out, left_out=index.left_out_records(), stored=stored)
     prepare_folder(out, list(lengths.values()), encoder)
     write_json(out / ENCODER_FILE, {**encoder.to_json(), "digest": encoder.digest, IMPORTED: job.provenance(videos)})
     with progress_bar(sum(lengths.values()), "import", "frame", delay=BAR_AFTER_S) as bar:
@@ -265,13 +267,13 @@ class _Job:
 
     def encoder(self, videos: Sequence[_Video], axes: str) -> EncoderSpec:
         """What stands for the unknown encoder: the name that the user gives it, or else the files themselves."""
-        named = self.request.encoder
-        program = PROGRAMS.get(self.found.layout, "unknown")
-        files = None if named else {video.id: video.sha256_ends for video in videos}
+        program, named = PROGRAMS.get(self.found.layout, "unknown"), self.request.encoder
+        files = {video.id: video.sha256_ends for video in videos}
+        made_by = {"encoder": named} if named else {"program": program, "format": self.found.format}
         return EncoderSpec(
-            backbone=f"{IMPORTED}-{self.found.layout}",
-            weights_sha256=sha256_json([named, files]),
-            preprocess={IMPORTED: {"program": program, "format": self.found.format, "encoder": named or "unknown"}},
+            backbone=IMPORTED if named else f"{IMPORTED}-{self.found.layout}",
+            weights_sha256=sha256_json(named or files),
+            preprocess={IMPORTED: made_by},
             fps=self.fps,
             precision="unknown",
             storage=self.storage,

@@ -111,6 +111,9 @@ def test_other_features_do_not_mix(tmp_path: Path, bring: Any) -> None:
     first, second = (bring(place=place, out=f"{place}-out", fps=15.0, encoder="I3D") for place in ("in", "new"))
     digests = {json.loads((one.folder / "encoder.json").read_text())["digest"] for one in (first, second)}
     assert len(digests) == 1
+    np.savez(tmp_path / "e.npz", features=values(8))
+    bring(place="e.npz", out="e", dataset="cholec80", fps=15.0, encoder="I3D", axes="TD")
+    assert json.loads((tmp_path / "e/encoder.json").read_text())["digest"] in digests
 
 
 def tecno(folder: Path, name: str, frames: int, seed: int = 0) -> None:
