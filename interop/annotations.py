@@ -226,21 +226,23 @@ def _chosen(video: VideoAnnotations, ask: Conversion, notes: list[str]) -> Video
     if entry is not None and entry.times and ask.target in ("labelstudio", "cholec80"):
         notes.append(f"{video.video}: has no constant frame rate; frames are counted at its mean, {entry.fps:.6g} fps")
     if ask.spec is not None:
-        kept = [_named(one, video.video, ask.spec) for one in kept]
+        names = dict.fromkeys((one.track, one.label) for one in kept)
+        spelled = {name: _spelled(*name, video.video, ask.spec) for name in names}
+        kept = [replace(one, label=spelled[one.track, one.label]) for one in kept]
     return replace(video, intervals=tuple(kept))
 
 
-def _named(one: Interval, video: str, spec: DataSetSpec) -> Interval:
-    """Return the interval with the data set's spelling of its class, if its track is one of the data set's."""
-    role = {"phases": "phase", "tools": "tool"}.get(one.track, one.track)
+def _spelled(track: str, label: str, video: str, spec: DataSetSpec) -> str:
+    """Return the data set's spelling of a class, if its track is one of the data set's."""
+    role = {"phases": "phase", "tools": "tool"}.get(track, track)
     if role not in spec.roles:
-        return one
+        return label
     names, aliases = spec.classes_of(role)
-    number = class_ids(names, aliases).get(folded_name(one.label))
+    number = class_ids(names, aliases).get(folded_name(label))
     if number is None:
-        hint = did_you_mean(one.label[:80], (*aliases, *names)) or f" (known: {listed(names, 20)})"
-        raise UserError(f"{video}: unknown {role} {one.label[:60]!r} of data set {spec.name}{hint}")
-    return replace(one, label=names[number])
+        hint = did_you_mean(label[:80], (*aliases, *names)) or f" (known: {listed(names, 20)})"
+        raise UserError(f"{video}: unknown {role} {label[:60]!r} of data set {spec.name}{hint}")
+    return names[number]
 
 
 # ---------------------------------------------------------------------------------------------- writing

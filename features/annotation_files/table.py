@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from configs.dataset_spec import FORMULA_STARTS
 from configs.errors import UserError, did_you_mean, listed
 from features.annotation_files.intervals import (
     Annotations,
@@ -91,7 +92,10 @@ def _fraction(cell: str, where: str) -> float:
 
 
 def csv_text(videos: Sequence[VideoAnnotations], losses: Losses) -> str:
-    """Return the table of all intervals of videos; columns of confidence and annotator only if one is given."""
+    """Return the table of all intervals of videos; columns of confidence and annotator only if one is given.
+
+    Raises UserError for a text that a spreadsheet would evaluate as a formula.
+    """
     every = [one for video in videos for one in video.intervals]
     optional = [name for name in COLUMNS[5:] if any(getattr(one, name) is not None for one in every)]
     buffer = io.StringIO(newline="")
@@ -104,5 +108,11 @@ def csv_text(videos: Sequence[VideoAnnotations], losses: Losses) -> str:
                 "annotator": one.annotator or "",
             }
             times = (f"{value // 1000}.{value % 1000:03}" for value in (start, end))
-            rows.writerow([video.video, one.track, one.label, *times, *(more[name] for name in optional)])
+            texts = [video.video, one.track, one.label]
+            if odd := [text for text in (*texts, more["annotator"]) if text.startswith(FORMULA_STARTS)]:
+                raise UserError(
+                    f"{video.video}: a spreadsheet would read {odd[0][:40]!r} as a formula; rename it, or choose "
+                    "another format than CSV"
+                )
+            rows.writerow([*texts, *times, *(more[name] for name in optional)])
     return buffer.getvalue()

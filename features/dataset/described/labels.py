@@ -27,6 +27,7 @@ from features.ids import id_key, normal_id, numbered_id
 
 _MAX_DIGITS = 15  # float64 represents every such integer
 _CLOCK = re.compile(r"(?:([0-9]{1,6}):)?([0-9]{1,6}):([0-9]{1,2}(?:[.,][0-9]+)?)")
+_VIDEO_NUMBER = re.compile(r"\d{1,9}")
 _NUMBER = re.compile(rf"[0-9]{{1,{_MAX_DIGITS}}}(\.0+)?")
 _PER_SECOND = {"second": 1.0, "clock": 1.0, "millisecond": 1000.0}
 _UNLABELLED = ("", "-1", "nan", "NaN", "NA", "None", "null")
@@ -94,7 +95,7 @@ def _video_key(cell: str, path: Path, spec: DataSetSpec) -> str:
                 )
             cell = match["id"]
             break
-    return id_key(normal_id(numbered_id(int(cell), spec) if cell.isdecimal() else cell))
+    return id_key(normal_id(numbered_id(int(cell), spec) if _VIDEO_NUMBER.fullmatch(cell) else cell))
 
 
 def parse_described(

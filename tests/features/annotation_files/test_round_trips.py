@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from configs.errors import UserError
 from features.annotation_files.eaf import eaf_text, read_eaf
 from features.annotation_files.intervals import Annotations, Interval, Losses, VideoAnnotations
 from features.annotation_files.label_studio import label_studio_tasks, read_label_studio
@@ -93,3 +94,9 @@ def test_what_a_format_cannot_hold_is_noted() -> None:
         "1 interval(s) shorter than a frame made one frame long",
         "3 boundaries moved to the next frame",
     ]
+
+
+@pytest.mark.parametrize("label", ["=1+1", "@SUM(A1)", "-1", "+1"])
+def test_a_table_has_no_formulas(label: str) -> None:
+    with pytest.raises(UserError, match="a spreadsheet would read"):
+        csv_text([video_of((Interval("phase", label, 0, 1),))], Losses())

@@ -87,3 +87,15 @@ def test_units_that_a_format_does_not_have_are_refused() -> None:
     tasks = json.dumps(label_studio_tasks([video], lambda name: None, Losses())).encode()
     with pytest.raises(UserError, match="unit clock: Label Studio has frames"):
         read_back(tasks, "video01.json", film, format="labelstudio", unit="clock")
+
+
+def test_a_video_numbered_by_thousands_of_digits_is_no_video() -> None:
+    source = LabelSource.model_validate({
+        "files": "all.csv", "delimiter": "comma", "form": "intervals", "unit": "second",
+        "columns": {"video": "video", "start": "start", "end": "end", "label": "label"},
+    })  # fmt: skip
+    patterns = FilePatterns(video=r"video(?P<id>\d+)\.{video}", frames=r"video(?P<id>\d+)")
+    spec = DataSetSpec(name="own", annotation_fps=25, phases=CLASSES, patterns=patterns, labels={"phases": source})
+    for cell in ("9" * 8782, "video" + "9" * 8782):
+        found = records_by_video(f"video,label,start,end\n{cell},Closure,0,1\n".encode(), Path("x"), source, spec)
+        assert [len(records) for records in found.values()] == [1]
