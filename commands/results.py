@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from commands import options
 from commands.options import FILE, PATH, Settings
 from configs.errors import UserError
+
+if TYPE_CHECKING:
+    from configs.schema import Config
 
 
 @click.command()
@@ -34,7 +38,13 @@ from configs.errors import UserError
     "--index",
     "index_file",
     type=PATH,
-    help="Evaluate on another data set with the same classes; missing features are extracted.",
+    help="Evaluate on another data set with the same classes, or with --mapping; missing features are extracted.",
+)
+@click.option(
+    "--mapping",
+    type=PATH,
+    metavar="NAME",
+    help="Score phases in the vocabulary of a mapping in configs/mappings, or of a YAML file, and no tools.",
 )
 def evaluate(
     settings: Settings,
@@ -43,6 +53,7 @@ def evaluate(
     inference: Any,
     split: str,
     index_file: Path | None,
+    mapping: Path | None,
     predictions: Path | None,
     conventions: tuple[str, ...],
     json_file: Path | None,
@@ -53,18 +64,24 @@ def evaluate(
     Writes tables, metrics.json, one prediction file per video, and ribbons as PNG. A joint net reads frames, so it
     needs data.root. With joint.crops=five or ten, it averages over several crops of each frame.
 
+    --index evaluates on another data set. If it has other phases, --mapping names a common vocabulary, such as
+    cholecystectomy. A run is not tested on operations on which it was trained, whatever data set they are in, unless
+    data.allow_overlap=true.
+
     With --predictions DIR --ground-truth DIR, no run is needed: phases are read from text files of any program, and
     files are matched by video number. They may have a header. Phases may be names, ids from 0, or one column per phase;
     columns are separated by tabs, commas or spaces.
     """
     if predictions is not None:
-        options.refuse("--predictions", options.given("name", "features", "model", "inference", "index_file"))
+        of_runs = ("name", "features", "model", "inference", "index_file", "mapping")
+        options.refuse("--predictions", options.given(*of_runs))
         evaluate_predictions(settings, predictions, reading, conventions, json_file, split)
         return
     options.refuse("a run (no --predictions)", options.given(*reading, "conventions", "json_file"))
     run = settings.run()
     with options.watch_signals() as stop:
         common: dict[str, Any] = {"split": split, "inference": inference, "stop": stop, "given": settings.given()}
+        common["mapping"] = mapping
         if options.uses_joint(model, run):
             options.refuse("a joint net, which reads frames", options.given("features"))
             from features.dataset.catalogue import open_dataset
@@ -105,8 +122,12 @@ def evaluate_predictions(
     multiple=True,
     metavar="NAME",
     help="accuracy, precision, recall, jaccard, f1 or a registered metric; with --convention segmental: edit, f1@10, "
-    "f1@25 or f1@50. Repeatable. Default: all.",
+    "f1@25 or f1@50. Repeatable. Default: all; with --matrix accuracy and f1.",
 )
+@click.option("--matrix", is_flag=True, help="Show training sets against test sets instead of differences.")
+@click.option("--mapping", metavar="NAME", help="With --matrix: use evaluations made with this mapping of classes.")
+@click.option("--csv", type=FILE, metavar="FILE", help="With --matrix: also write the cells as CSV.")
+@click.option("--html", type=FILE, metavar="FILE", help="With --matrix: also write a page.")
 @options.reading_options
 @options.JSON_FILE
 def compare(
@@ -116,6 +137,10 @@ def compare(
     track: str | None,
     convention: str | None,
     metrics: tuple[str, ...],
+    matrix: bool,
+    mapping: str | None,
+    csv: Path | None,
+    html: Path | None,
     json_file: Path | None,
     **reading: Any,
 ) -> None:
@@ -124,6 +149,10 @@ def compare(
     Each model is compared with the first. A model is an evaluated run, a JSON file of results, or (with --ground-truth)
     a folder of predictions. Runs of one model with several training seeds are joined by commas: compare lstm-0,lstm-1
     tcn-0,tcn-1. Differences are paired by video, and confidence intervals are over videos.
+
+    With --matrix, each run is one row, and each data set on which the runs were evaluated is one column. `evaluate`
+    makes the cells: of a run's own data set, and with --index of another one. If the data sets have different phases,
+    all must be evaluated with the same --mapping.
     """
     from configs.load import load_dataset
     from configs.schema import MAIN_TRACK
@@ -131,6 +160,12 @@ def compare(
     from evaluation.external import Reading
 
     config, reads = settings.config, reading["ground_truth"] is not None
+    if matrix:
+        options.refuse("--matrix", options.given(*reading))
+        chosen = {"convention": convention or DEFAULT_CONVENTION, "metrics": metrics or None}
+        compare_across(config, models, split, track or MAIN_TRACK, mapping, (json_file, csv, html), chosen)
+        return
+    options.refuse("a comparison without --matrix", options.given("mapping", "csv", "html"))
     if not reads:
         options.refuse("runs (no --ground-truth)", options.given(*reading))
     else:
@@ -140,6 +175,25 @@ def compare(
     place = Place(config.runs, split, spec, read, track or MAIN_TRACK)
     convention = convention or DEFAULT_CONVENTION
     compare_models(models, place, convention=convention, metrics=metrics or None, out=json_file)
+
+
+def compare_across(
+    config: Config,
+    models: Sequence[str],
+    split: str,
+    track: str,
+    mapping: str | None,
+    files: tuple[Path | None, Path | None, Path | None],
+    chosen: Mapping[str, Any],
+) -> None:
+    """Show training sets against test sets (`compare --matrix`), and write JSON, CSV and page if they are named."""
+    from evaluation.matrix import MatrixFiles, MatrixPlace, show_matrix
+
+    if not models:
+        raise UserError("compare --matrix: name the runs, for example compare --matrix RUN_A RUN_B")
+    stem = Path(mapping).stem if mapping else None
+    place = MatrixPlace(config.runs, split, stem, config.data.allow_overlap, track)
+    show_matrix(models, place, MatrixFiles(*files), **chosen)
 
 
 @click.command()

@@ -15,6 +15,8 @@ from pydantic.fields import FieldInfo
 from configs.ablation import AblationConfig
 from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError, did_you_mean, one_line
+from configs.mapping import ClassMapping
+from configs.overlap import Overlap, OverlapList
 from configs.schema import DEFAULT_HEAD, HEAD_SETTINGS, Config, HeadSettings
 
 PRESETS = Path(__file__).resolve().parent
@@ -82,6 +84,22 @@ def load_dataset(name: str) -> DataSetSpec:
 def dataset_names() -> list[str]:
     """Return the names of the data sets in `configs/datasets`, sorted."""
     return sorted(path.stem for path in (PRESETS / "datasets").glob("*.yaml"))
+
+
+@functools.cache
+def known_overlaps() -> tuple[Overlap, ...]:
+    """Return the list of operations that occur in several public data sets."""
+    path = PRESETS / "overlaps" / "public.yaml"
+    return _validate(OverlapList, read_yaml(path), str(path)).overlaps
+
+
+def load_mapping(source: str | Path) -> ClassMapping:
+    """Load a mapping of classes, by its name in `configs/mappings` or from a YAML file.
+
+    Raises UserError naming the file, and the key that is wrong.
+    """
+    path = preset_path(source, PRESETS / "mappings", "mapping file, and no mapping of that name")
+    return _validate(ClassMapping, read_yaml(path), str(path))
 
 
 def load_ablation(source: str | Path) -> AblationConfig:

@@ -141,6 +141,11 @@ class DataConfig(Strict):
         "set's additional tracks, such as [phases, steps]",
     )
     full_hash: bool = Field(False, description="hash whole source files, not only their first and last MiB")
+    allow_overlap: bool = Field(
+        False,
+        description="test on operations on which the model was trained, in this or another data set; results are then "
+        "too good",
+    )
     exclude: dict[str, str] = Field(
         {}, description="videos to leave out: ids or shell patterns, each with a reason; or a list without reasons"
     )
@@ -324,6 +329,11 @@ class ExtractConfig(Strict):
         None,
         description="PyAV hardware decoder (cuda, qsv, ...); refused unless it gives the same frames as decoding in "
         "software",
+    )
+    tool_head: bool = Field(
+        True,
+        description="compute tool logits with the encoder's trained tool head; false leaves them out, for data sets "
+        "with other tools",
     )
     compile: bool = Field(False, description="torch.compile the backbone; part of the features' digest")
 

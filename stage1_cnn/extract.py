@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import UserError
-from configs.schema import EXTRACT_FOLDER, Config
+from configs.schema import CNN_FOLDER, EXTRACT_FOLDER, Config
 from engine.device import say_few_cores, start_stage
 from engine.files import below_root, read_json_object, remove_stale_temporaries, sha256_file, write_json
 from engine.memory import needs_gpu_memory
@@ -29,13 +29,14 @@ from engine.stopping import StopRequest
 from features.dataset.catalogue import say_left_out
 from features.dataset.index import Dataset, Index, VideoEntry
 from features.dataset.sampling import frame_times_s, sampled_frames
+from features.dataset.trained_on import inherited_from, record_training
 from features.frames.source import require_indexed_annotations, require_indexed_source, source_identity
 from features.store import EncoderSpec, feature_path, read_features, verify_file
 from features.store_folder import ENCODER_FILE, INDEX_FILE, clear_fault, prepare_folder, record_fault
 from stage1_cnn.decode_ahead import decoders_for, decodes_ahead, work_ahead
 from stage1_cnn.encoders.calibration import FromTrainingFrames
 from stage1_cnn.encoders.encoder import Encoder, encoded_at_once, load_encoder
-from stage1_cnn.encoders.pretrained import weights_identity
+from stage1_cnn.encoders.pretrained import weights_folders, weights_identity
 from stage1_cnn.segments import Assembly, VideoJob, split_among
 from stage1_cnn.video_features import ExtractTask, label_attributes
 
@@ -142,6 +143,7 @@ def extract(
     started, index = time.monotonic(), dataset.index
     stage = StageFolder(run, EXTRACT_FOLDER, config, _identity(config, index)) if run and folder is None else None
     encoder = load_encoder(config, run, dataset.spec.tools, trusted, FromTrainingFrames(config, dataset))
+    inherited = inherited_from(_folders_of_weights(config, run), index, config.data.allow_overlap)
     target = folder or config.extract.store / encoder.spec.folder_name
     _require_compatible(target, index, encoder.spec)
     report = ExtractReport(target, left_out=index.left_out_records())
@@ -154,6 +156,8 @@ def extract(
         stage.open()
     prepare_folder(target, [job.frames for job in jobs if not job.labels_only], encoder.spec)
     index.save(target / INDEX_FILE)
+    if inherited:
+        record_training(target, inherited, None)
     write_json(target / ENCODER_FILE, {**encoder.spec.to_json(), "digest": encoder.spec.digest})
 
     task = ExtractTask(config, run, dataset, target, encoder.spec, trusted, encoder)
@@ -172,6 +176,15 @@ def extract(
         }
         _finish(stage, report.to_json(f"{shard[0]}/{shard[1]}", made_by), shard, index)
     return report
+
+
+def _folders_of_weights(config: Config, run: Path | None) -> list[Path]:
+    """The folder of the training that made the encoder, if it is known to be one."""
+    if config.extract.checkpoint is not None:
+        return [config.extract.checkpoint.parent]
+    if config.extract.encoder == "initial":
+        return weights_folders(config.cnn, config.runs)
+    return [] if run is None else [run / CNN_FOLDER]
 
 
 def _record_faults(report: ExtractReport, dataset: Dataset) -> None:

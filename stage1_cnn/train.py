@@ -29,6 +29,7 @@ from evaluation.metrics.tools import pooled_map
 from features.dataset.catalogue import say_left_out
 from features.dataset.index import Dataset, Index
 from features.dataset.sampling import sampled_frames
+from features.dataset.trained_on import inherited_from, record_training
 from features.frames.training_cache import cache_readable, frames_identity, recorded_faults
 from stage1_cnn.data import (
     ClipDataset,
@@ -41,7 +42,7 @@ from stage1_cnn.data import (
     validation_requests,
 )
 from stage1_cnn.encoders.backbone import require_image_size
-from stage1_cnn.encoders.pretrained import settled_weights, weights_identity
+from stage1_cnn.encoders.pretrained import settled_weights, weights_folders, weights_identity
 from stage1_cnn.loss import FrameLoss
 from stage1_cnn.model import (
     CnnAbout,
@@ -96,6 +97,7 @@ def train_cnn(
     say_few_cores(accelerator.device)
     net = processes.each(lambda: build_net(config, dataset.spec, trusted=trusted))
     require_image_size(net.backbone, config.preprocess.crop_px)
+    inherited = inherited_from(weights_folders(cnn, config.runs), index, config.data.allow_overlap)
     # this line and the next find errors before hours of decoding
     data = processes.each(lambda: load_frames(config, dataset))
     processes.from_first(stage.check)
@@ -105,6 +107,7 @@ def train_cnn(
         data = processes.each(lambda: load_frames(config, readable))
     say_left_out(readable.index)
     processes.from_first(stage.open)  # not earlier, so that settings that do not allow training leave no folder behind
+    processes.from_first(lambda: record_training(stage.path, inherited, readable.index))
     if cnn.weights == "cached":
         say(f"initial weights: {settled_weights(cnn)} (cnn.weights=cached: ImageNet's where this machine has them)")
     train_net(stage.path, net, config, data, accelerator, processes)

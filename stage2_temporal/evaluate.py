@@ -22,11 +22,13 @@ from evaluation.metrics import plugin_names
 from evaluation.metrics.results import HEAD, METRICS_FILE, Evaluation, read_evaluation
 from features.dataset.catalogue import known_root, say_left_out
 from features.dataset.index import Index
+from features.dataset.trained_on import require_separate_split
 from features.frames.preprocess import require_extracted
 from features.frames.settings_match import require_features_of
 from features.store import VideoFeatures, feature_path, recorded_encoder
 from features.store_folder import INDEX_FILE, find_feature_folder, load_feature_set, usable_index, with_recorded_faults
 from stage2_temporal.data import require_tracks
+from stage2_temporal.mapped import PhaseMapping
 from stage2_temporal.predict import (
     FRAME_FOLDER,
     TemporalAbout,
@@ -58,36 +60,48 @@ def evaluate_run(
     redo: bool = True,
     inference: Inference | None = None,
     given: GivenKeys = NO_KEYS,
+    mapping: Path | None = None,
 ) -> Evaluation:
     """Score a run's heads and tools on one split, print tables, and write the results to `RUN/evaluate/<name>/`.
 
     The files are `metrics.json`, `truth.json`, `predictions/<video>.csv` and `ribbons.png`. For the run's own test
     videos, `RUN/summary.json` is updated and `RUN/MODEL_CARD.md` written as well. With `index_file`, another data set
-    with the same classes is evaluated, and missing features are extracted into the run's folder. `inference` overrides
-    that of the training. Without `redo`, an existing evaluation of the same model and features is printed instead of
-    being computed again. Raises UserError if the run is not trained, if the data have other classes, if the features
-    come from another encoder, or if image settings that the user gave (`given`) contradict the features.
+    with the same classes is evaluated, and missing features are extracted into the run's folder; with `mapping`, it may
+    have other classes, and phases are scored in the mapping's vocabulary, other tracks and tools not at all.
+    `inference` overrides that of the training. Without `redo`, an existing evaluation of the same model and features is
+    printed instead of being computed again. Raises UserError if the run is not trained, if the data have other classes,
+    if the features come from another encoder, or if image settings that the user gave (`given`) contradict the
+    features.
     """
     temporal = run / TEMPORAL_FOLDER
     model, about = load_temporal(temporal)
     chosen_inference(inference, about.inference, model, temporal)
     if about.encoder:
         require_features_of(about.encoder, config, given, temporal / BEST_FILE)
-    out = run / "evaluate" / folder_name(split, inference, index_file)
+    out = run / "evaluate" / folder_name(split, inference, index_file, *([mapping.stem] if mapping else []))
     if index_file is None:
         folder, index = _own_features(config, run, features, given)
+        require_separate_split(temporal, index, split, config.data.allow_overlap, own=True)
     else:
         if features is None:
             require_extracted(about.encoder.get("preprocess") if about.encoder else None, str(temporal / BEST_FILE))
+        require_separate_split(temporal, _index_in(index_file), split, config.data.allow_overlap, own=False)
+        if mapping and not about.tool_inputs:
+            config = config.model_copy(update={"extract": config.extract.model_copy(update={"tool_head": False})})
         folder, index = _other_features(config, run, index_file, out / "features", features, stop)
+    common = PhaseMapping.read(mapping, about.dataset, about.phases, index) if mapping else None
     videos = _load(folder, index, split)
+    if common is None:
+        _require_same_tracks(about, folder, index, videos, temporal)
     _require_compatible(about, folder, index, videos, temporal)
     say_left_out(index)
 
     majority, thresholds = recorded_majority(temporal / RESULT_FILE, required=True), _thresholds(folder, index)
-    identity = _identity(temporal, videos, index, split, inference, majority, thresholds, about.further_tracks).digest
+    tracks = () if common else about.further_tracks
+    identity = _identity(temporal, videos, index, split, inference, majority, thresholds, tracks, common).digest
     fps = float(next(iter(videos.values())).attributes["fps"])
-    truth = GroundTruth(index, split, fps, videos, known_root(config), about.further_tracks)
+    labels = GroundTruth(index, split, fps, videos, known_root(config), tracks)
+    truth = common.of_truth(labels) if common else labels
     evaluation = None if redo else _made_before(out, identity)
     if evaluation is not None:
         say(f"{out}: unchanged")
@@ -100,7 +114,16 @@ def evaluate_run(
             thresholds=thresholds,
             tracks=_of_tracks(temporal, probabilities),
         )
-        evaluation = score_and_write(out, truth, predicted, identity_sha256=identity, encoder=_encoder(videos))
+        if common:
+            predicted = common.of_predicted(predicted)
+        evaluation = score_and_write(
+            out,
+            truth,
+            predicted,
+            identity_sha256=identity,
+            encoder=_encoder(videos),
+            mapping=common.to_json() if common else None,
+        )
     report(run, out, truth, evaluation)
     return evaluation
 
@@ -146,10 +169,8 @@ def _other_features(
     from features.dataset.catalogue import open_dataset
     from stage1_cnn.extract import extract
 
-    if not index_file.is_file():
-        raise UserError(f"{index_file}: no such index; make it with `index --out {index_file}` and its data.root")
     if features is not None:
-        return features, with_recorded_faults(Index.load(index_file), features)
+        return features, with_recorded_faults(_index_in(index_file), features)
     data = config.data.model_copy(update={"index": index_file})
     other = config.model_copy(update={"data": data})
     report = extract(other, run, open_dataset(other), folder=out, stop=stop)
@@ -157,15 +178,27 @@ def _other_features(
     return report.folder, usable_index(report.folder)
 
 
-def _require_compatible(
+def _index_in(index_file: Path) -> Index:
+    if not index_file.is_file():
+        raise UserError(f"{index_file}: no such index; make it with `index --out {index_file}` and its data.root")
+    return Index.load(index_file)
+
+
+def _require_same_tracks(
     about: TemporalAbout, folder: Path, index: Index, videos: Mapping[str, VideoFeatures], temporal: Path
 ) -> None:
-    """Raise UserError unless the features have the classes (in order) and the encoder of the model's training."""
+    """Raise UserError unless the features have the classes (in order) of every track of the model's training."""
     require_same_classes(temporal, "phases", about.phases, index.dataset.phases, folder / INDEX_FILE)
     for track, classes in (about.tracks or {}).items():
         known = index.dataset.tracks.get(track)
         require_same_classes(temporal, track, classes, known.classes if known else (), folder / INDEX_FILE)
     require_tracks(folder, videos, index.dataset, list(about.classes))
+
+
+def _require_compatible(
+    about: TemporalAbout, folder: Path, index: Index, videos: Mapping[str, VideoFeatures], temporal: Path
+) -> None:
+    """Raise UserError unless the features have the tools that are inputs, and the encoder of the model's training."""
     if about.tool_inputs:
         require_same_classes(temporal, "tools", about.tool_inputs, index.dataset.tools, folder / INDEX_FILE)
     found = _encoder(videos)["digest"]  # `load_feature_set` has checked that all videos have the same
@@ -188,6 +221,7 @@ def _identity(
     majority: int | None,
     thresholds: Mapping[str, float] | None,
     tracks: Sequence[str],
+    common: PhaseMapping | None,
 ) -> StageIdentity:
     """Everything that an evaluation depends on.
 
@@ -215,6 +249,7 @@ def _identity(
             "thresholds": thresholds,
             "left_out": index.left_out_records(),
             "plugins": plugin_names() or ABSENT,
+            "mapping": common.to_json() if common else ABSENT,
         }
     )
 

@@ -177,6 +177,7 @@ def score_and_write(
     identity_sha256: str | None = None,
     encoder: Mapping[str, Any] | None = None,
     joint: JointDetails | None = None,
+    mapping: Mapping[str, Any] | None = None,
 ) -> Evaluation:
     """Compute the metrics of every head and of the tools, and write them to `out`.
 
@@ -210,6 +211,7 @@ def score_and_write(
         tools=tools,
         identity_sha256=identity_sha256,
         encoder=encoder,
+        mapping=mapping,
         joint=joint,
     )
     make_folder(out)

@@ -37,6 +37,7 @@ from engine.stopping import StopRequest
 from engine.training_result import TrainingResult
 from evaluation.metrics.phases import majority_phase
 from features.dataset.catalogue import say_left_out
+from features.dataset.trained_on import inherited_from, record_training
 from features.frames.settings_match import require_features_of
 from features.video_labels import NO_LABEL
 from stage2_temporal.data import Batch, FeatureBank, Span, TrainingData, epoch_batches, read_training_data
@@ -80,6 +81,8 @@ def train_temporal(
         data = processes.each(lambda: read_training_data(folder, where, config.device, tracks))
     require_features_of(data.encoder, config, given, folder)
     data.index.require_excluded(config.data.exclude, folder)
+    starts = [folder] if config.temporal.start_from is None else [folder, config.temporal.start_from.parent]
+    inherited = inherited_from(starts, data.index, config.data.allow_overlap)
     data = data.with_tool_logits() if config.temporal.tool_logits else data
     say_left_out(data.index)
     stage = StageFolder(run, TEMPORAL_FOLDER, config, _identity(config, data))
@@ -90,6 +93,7 @@ def train_temporal(
     require_arithmetic(config.temporal, accelerator.device)
     start_stage("train-temporal", config, accelerator.device, precision)
     processes.from_first(stage.open)  # not earlier, so that settings that do not allow training leave no folder behind
+    processes.from_first(partial(record_training, stage.path, inherited, data.index))
     if not data.val:
         which = " or ".join(data.tracks)
         say(f"{folder}: no validation videos with {which}, so the last epoch is kept instead of the best")

@@ -29,6 +29,8 @@ WEIGHTS = ["--set", "cnn.weights=own.pth"]
 PREDICT = {**RUN, "--inference": "clip", "--out": "a #b", "--video": "", "--as": "eaf"}
 NEW_VIDEOS = "stage2_temporal.new_videos:predict_new_videos"
 PAIR = ("stage2_temporal.new_videos:pair_of_stages", NEW_VIDEOS)
+MATRIX = {"--matrix": ""}
+WITHOUT_MATRIX = {"--mapping": "cataract", "--csv": "x.csv", "--html": "x.html"}
 COMPARE = ("evaluation.comparison:compare_models",)
 SUBMIT = {
     "--partition": "p",
@@ -250,6 +252,7 @@ MODES = [
             "--inference": "clip",
             "--split": "val",
             "--index": "a #b",
+            "--mapping": "cataract",
         },
         {**READING, "--convention": "pooled", "--json": "x.json"},
     ),
@@ -258,7 +261,7 @@ MODES = [
         "a joint net",
         JOINT,
         ("stage2_temporal.joint.evaluate:evaluate_joint",),
-        {**RUN, "--inference": "clip", "--split": "val", "--index": "a #b"},
+        {**RUN, "--inference": "clip", "--split": "val", "--index": "a #b", "--mapping": "cataract"},
         {**READING, "--features": "x", "--convention": "pooled", "--json": "x.json", "--predictions": "theirs"},
     ),
     Mode(
@@ -274,7 +277,8 @@ MODES = [
             "--json": "x.json",
             "--split": "test",
         },
-        {"--name": "x", "--features": "x", "--model": "joint", "--inference": "clip", "--index": "x.json"},
+        {"--name": "x", "--features": "x", "--model": "joint", "--inference": "clip", "--index": "x.json"}
+        | {"--mapping": "cataract"},
     ),
     Mode(
         "predict",
@@ -375,9 +379,10 @@ MODES = [
         "runs",
         ["a", "b"],
         COMPARE,
-        {**SETTINGS, "--split": "val", "--track": "a", "--convention": "pooled", "--metric": "f1", "--json": "x.json"},
+        {**SETTINGS, "--split": "val", "--track": "a", "--convention": "pooled", "--metric": "f1", "--json": "x.json"}
+        | MATRIX,
         {option: value for option, value in READING.items() if option != "--ground-truth"}
-        | {"--ground-truth": "truth"},
+        | {"--ground-truth": "truth", **WITHOUT_MATRIX},
     ),
     Mode(
         "compare",
@@ -391,7 +396,7 @@ MODES = [
             "--metric": "f1",
             "--json": "x.json",
         },
-        {"--split": "val", "--track": "a"},
+        {"--split": "val", "--track": "a", "--matrix": "", **WITHOUT_MATRIX},
     ),
     Mode(
         "compare",
@@ -406,7 +411,25 @@ MODES = [
             "--metric": "f1",
             "--json": "x.json",
         },
-        {"--track": "a"},
+        {"--track": "a", "--matrix": "", **WITHOUT_MATRIX},
+    ),
+    Mode(
+        "compare",
+        "--matrix",
+        ["a", "b", "--matrix"],
+        ("evaluation.matrix:show_matrix",),
+        {
+            **SETTINGS,
+            "--split": "val",
+            "--track": "a",
+            "--mapping": "cataract",
+            "--convention": "pooled",
+            "--metric": "f1",
+            "--json": "x.json",
+            "--csv": "x.csv",
+            "--html": "x.html",
+        },
+        {**READING},
     ),
     Mode(
         "report",

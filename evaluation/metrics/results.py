@@ -249,8 +249,9 @@ class Evaluation(Record):
     `phases` is {head: {convention: results}}, where `temporal` is the head of the run's own predictions. `scored` and
     `videos_without_labels` have the keys "phases" and "tools", with lists of video ids. `left_out` contains the index's
     records of videos left out. `encoder` is the encoder that made the features, or None for a net that reads frames.
-    `simulated` is None in files of versions that did not record it. `tracks` has the results of additional label
-    tracks, in the form of `phases`; None for a run that recognises phases only.
+    `mapping` has the name of a mapping of classes and its effect, if one was used. `simulated` is None in files of
+    versions that did not record it. `tracks` has the results of additional label tracks, in the form of `phases`; None
+    for a run that recognises phases only.
     """
 
     split: str
@@ -266,6 +267,7 @@ class Evaluation(Record):
     identity_sha256: str | None = None
     encoder: Mapping[str, Any] | None = None
     tracks: Mapping[str, Mapping[str, ByConvention]] | None = None
+    mapping: Mapping[str, Any] | None = None
     joint: JointDetails | None = field(default=None, metadata=FLAT)
 
     @classmethod

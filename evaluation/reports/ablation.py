@@ -128,11 +128,11 @@ def write_ablation_csv(path: Path, trials: Sequence[Trial]) -> None:
         values = [trial.changes.get(key, "") for key in keys]
         result = [trial.result.get(name) for name in numbers]
         row = [trial.label, *values, trial.seed, int(trial.is_base), *result, trial.folder]
-        writer.writerow([_no_formula(cell) for cell in row])
+        writer.writerow([no_formula(cell) for cell in row])
     write_text(path, buffer.getvalue())
 
 
-def _no_formula(cell: Any) -> Any:
+def no_formula(cell: Any) -> Any:
     """Put an apostrophe before text that a spreadsheet would evaluate as a formula; other cells are unchanged."""
     text = isinstance(cell, str) and cell.startswith(FORMULA_STARTS)
     return f"'{cell}" if text else cell

@@ -223,7 +223,7 @@ def _gather_run(folder: Path, name: str, split: str) -> RunResults:
                 f"{evaluated}: {video} has {len(found.phase)} predictions, but another number of labels in "
                 f"{TRUTH_FILE}; run evaluate again"
             )
-    stage = _stage_of(folder, evaluation)
+    stage = stage_of(folder, evaluation)
     environment = stage / "environment.json" if stage else None
     settings = read_yaml(stage / "config.yaml") if stage else {}
     settings = settings_behind(folder, settings, evaluation.encoder)
@@ -257,7 +257,7 @@ def _evaluation(folder: Path, evaluated: Path, split: str) -> Evaluation:
     return read_evaluation(path, f"run `{command}` with the run's --config again")
 
 
-def _stage_of(folder: Path, evaluation: Evaluation) -> Path | None:
+def stage_of(folder: Path, evaluation: Evaluation) -> Path | None:
     """Return the folder in which the evaluated net was trained.
 
     This is the folder of its joint training step, or else of stage two, or else of the stage that was started last.

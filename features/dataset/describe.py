@@ -12,6 +12,7 @@ from configs.errors import listed
 from configs.file_pattern import example_of, file_pattern
 from configs.label_source import Column, LabelSource
 from configs.load import dataset_names, load_dataset
+from features.dataset.trained_on import overlap_lines
 from features.ids import natural_key, numbered_id
 
 WIDTH = 110
@@ -65,6 +66,10 @@ def dataset_lines(spec: DataSetSpec) -> list[str]:
     lines += ["", "expected files, in any folders below the data root"]
     for line in _layout_lines(spec):
         lines += _wrapped(line)
+    if shared := overlap_lines(spec.name):
+        lines += ["", "operations that are also in other data sets"]
+        for line in shared:
+            lines += _wrapped(line)
     return lines
 
 

@@ -167,7 +167,8 @@ def load_encoder(
             backbone = initial_backbone(config, trusted=trusted)
             return Encoder(config, backbone, None, weights_sha256(backbone), len(tools), int8)
         net = _load_finetuned(config, run, tools)
-        return Encoder(config, net.backbone, net.tool_head, weights_sha256(net), len(tools), int8)
+        tool_head = net.tool_head if config.extract.tool_head else None
+        return Encoder(config, net.backbone, tool_head, weights_sha256(net), len(tools), int8)
 
 
 def _load_checkpoint(config: Config, path: Path, tools: Sequence[str], int8: Int8Source | None) -> Encoder:
@@ -178,12 +179,13 @@ def _load_checkpoint(config: Config, path: Path, tools: Sequence[str], int8: Int
     backbone, tool_head, about = rebuild_encoder(path)
     require_same_backbone(path, about.backbone, config.cnn.backbone)
     if tool_head is not None:
-        require_same_classes(path, "tools", about.tools, tools)
+        _require_same_tools(config, path, about.tools, tools)
     if about.preprocess != config.preprocess:
         changed = "; ".join(differences(about.preprocess.model_dump(), config.preprocess.model_dump()))
         raise UserError(f"{path}: trained with other preprocess settings ({changed}); use the values marked 'there'")
     parts = torch.nn.ModuleDict({"backbone": backbone} | ({"tool_head": tool_head} if tool_head is not None else {}))
-    return Encoder(config, backbone, tool_head, weights_sha256(parts), len(tools), int8)
+    kept = tool_head if config.extract.tool_head else None
+    return Encoder(config, backbone, kept, weights_sha256(parts), len(tools), int8)
 
 
 def _load_finetuned(config: Config, run: Path | None, tools: Sequence[str]) -> ToolNet:
@@ -196,7 +198,17 @@ def _load_finetuned(config: Config, run: Path | None, tools: Sequence[str]) -> T
         raise UserError(f"{error} (or set extract.encoder=initial for the backbone without fine-tuning)") from error
     net, about = rebuild_from_checkpoint(path)
     require_same_backbone(path, about.backbone, config.cnn.backbone)
-    require_same_classes(path, "tools", about.tools, tools)
+    _require_same_tools(config, path, about.tools, tools)
     if not (path.parent / RESULT_FILE).exists():
         say(f"{path.parent}: training is not finished; using its best epoch so far")
     return net
+
+
+def _require_same_tools(config: Config, path: Path, found: Sequence[str], tools: Sequence[str]) -> None:
+    """Raise UserError if the tool head of a checkpoint would be used for other tools."""
+    if not config.extract.tool_head:
+        return
+    try:
+        require_same_classes(path, "tools", found, tools)
+    except UserError as error:
+        raise UserError(f"{error}; extract.tool_head=false extracts features without tool logits") from error

@@ -65,6 +65,12 @@ def weights_identity(cnn: CnnConfig, runs: Path) -> str:
     return f"sha256:{sha256_file(weights_file(cnn.backbone, cnn.weights, runs))}"
 
 
+def weights_folders(cnn: CnnConfig, runs: Path) -> list[Path]:
+    """The folder of the file of initial weights, which may be that of a training; none for published or random ones."""
+    weights = settled_weights(cnn)
+    return [] if weights in ("imagenet", "random") else [weights_file(cnn.backbone, weights, runs).parent]
+
+
 def best_checkpoint(run: Path) -> Path:
     """The checkpoint with the best epoch of a run's stage one. Raises UserError if it does not exist."""
     path = run / CNN_FOLDER / BEST_FILE

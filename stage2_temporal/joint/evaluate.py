@@ -25,10 +25,12 @@ from evaluation.metrics.results import HEAD, Evaluation, JointDetails, ToolResul
 from features.dataset.catalogue import say_left_out
 from features.dataset.index import Dataset, Index, VideoEntry
 from features.dataset.labels import sampled_labels
+from features.dataset.trained_on import require_separate_split
 from features.frames.settings_match import require_preprocess_of
 from features.frames.training_cache import frames_identity, recorded_faults
 from stage2_temporal.joint.net import IMPORTED, JointAbout, JointNet, joint_checkpoint, load_joint
 from stage2_temporal.joint.predict import Prediction, gap_nats, predict_videos
+from stage2_temporal.mapped import PhaseMapping
 from stage2_temporal.predict import chosen_inference
 from stage2_temporal.scoring import (
     GroundTruth,
@@ -55,6 +57,7 @@ def evaluate_joint(
     other: bool = False,
     stop: StopRequest,
     given: GivenKeys = NO_KEYS,
+    mapping: Path | None = None,
 ) -> Evaluation:
     """Score a run's joint net on one split of the index, and write the results into `RUN/evaluate/`.
 
@@ -65,17 +68,19 @@ def evaluate_joint(
     settings (`given`), or if the data have other classes or another sampling rate than the net; raises Stopped when
     asked to stop.
     """
-    joint = _open(run, config, dataset.spec, inference, given)
+    joint = _open(run, config, None if mapping else dataset.spec, inference, given)
+    common = PhaseMapping.read(mapping, joint.about.dataset, joint.about.phases, dataset.index) if mapping else None
     config, trained_in = joint.config, joint.path.parent
     dataset = dataset.without(recorded_faults(trained_in, dataset.index))
     other = other or _is_another(trained_in, config, dataset.index)
     entries = dataset.index.entries_of(split, config.data.index)
+    require_separate_split(trained_in, dataset.index, split, config.data.allow_overlap, own=not other)
     start_stage("evaluate", config, joint.device, joint.precision)
     faults: list[tuple[str, str]] = []
     predict = joint.predictor(dataset, stop, faults)
     labels = {entry.id: sampled_labels(dataset, entry, config.data) for entry in entries}
     found = predict(entries)
-    thresholds = _thresholds(predict, dataset, config.data)
+    thresholds = None if common else _thresholds(predict, dataset, config.data)
     index = dataset.index.without(faults)
     index.entries_of(split, config.data.index)
     say_left_out(index)
@@ -88,8 +93,17 @@ def evaluate_joint(
         thresholds=thresholds,
     )
     crops = [config.joint.crops] if config.joint.crops != "centre" else []
-    out = run / "evaluate" / folder_name(split, inference, config.data.index if other else None, *crops)
-    evaluation = score_and_write(out, truth, predicted, joint=joint.details(truth, found))
+    if common:
+        truth, predicted = common.of_truth(truth), common.of_predicted(predicted)
+    more = [*crops, *([mapping.stem] if mapping else [])]
+    out = run / "evaluate" / folder_name(split, inference, config.data.index if other else None, *more)
+    evaluation = score_and_write(
+        out,
+        truth,
+        predicted,
+        joint=joint.details(truth, found),
+        mapping=common.to_json() if common else None,
+    )
     report(run, out, truth, evaluation, trained_in)
     return evaluation
 
@@ -137,8 +151,8 @@ class _Joint:
         )
 
 
-def _open(run: Path, config: Config, spec: DataSetSpec, inference: Inference | None, given: GivenKeys) -> _Joint:
-    """Load a run's joint net. Raises UserError if the data or the settings do not fit it."""
+def _open(run: Path, config: Config, spec: DataSetSpec | None, inference: Inference | None, given: GivenKeys) -> _Joint:
+    """Load a run's joint net. Raises UserError if the data set `spec`, if given, or the settings do not fit it."""
     path = joint_checkpoint(run)
     net, about = load_joint(path)
     _require_compatible(path, about, spec, config.data.fps)
@@ -161,9 +175,10 @@ def _is_another(trained_in: Path, config: Config, index: Index) -> bool:
     return bool(known != frames_identity(config, index)["videos_sha256"])
 
 
-def _require_compatible(path: Path, about: JointAbout, spec: DataSetSpec, fps: float) -> None:
-    require_same_classes(path, "phases", about.phases, spec.phases)
-    require_same_classes(path, "tools", about.tools, spec.tools)
+def _require_compatible(path: Path, about: JointAbout, spec: DataSetSpec | None, fps: float) -> None:
+    if spec is not None:
+        require_same_classes(path, "phases", about.phases, spec.phases)
+        require_same_classes(path, "tools", about.tools, spec.tools)
     if about.fps != fps:
         raise UserError(f"{path}: trained at {about.fps:g} frames per second; set data.fps={about.fps:g}")
 

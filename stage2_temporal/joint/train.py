@@ -33,6 +33,7 @@ from evaluation.metrics.tools import pooled_map
 from features.dataset.catalogue import say_left_out
 from features.dataset.index import Dataset, Index
 from features.dataset.labels import sampled_labels, unlabelled_note
+from features.dataset.trained_on import inherited_from, record_training
 from features.frames.training_cache import cache_readable, frames_identity, recorded_faults
 from features.video_labels import VideoLabels
 from stage1_cnn.data import (
@@ -50,7 +51,7 @@ from stage1_cnn.encoders.backbone import (
     initial_backbone,
     require_image_size,
 )
-from stage1_cnn.encoders.pretrained import best_checkpoint, weights_identity
+from stage1_cnn.encoders.pretrained import best_checkpoint, weights_folders, weights_identity
 from stage1_cnn.model import parameter_groups, synchronise_batch_norm, weights_sha256
 from stage2_temporal.heads.base import detach_state, first_rows
 from stage2_temporal.joint.data import clip_requests, spans_of
@@ -134,6 +135,10 @@ def train_joint(
     net = processes.each(lambda: initial_net(config, dataset.index, start, trusted=trusted))
     require_image_size(net.backbone, config.preprocess.crop_px)
     data = processes.each(lambda: _load(config, dataset))
+    starts = [path.parent for path in files.values()]
+    if not (start.cnn or start.joint):
+        starts += weights_folders(config.cnn, config.runs)
+    inherited = inherited_from(starts, dataset.index, config.data.allow_overlap)
     stages = _stages(config, run, dataset.index, files)
     processes.from_first(lambda: require_precisions(config, stages))
     waiting = processes.from_first(lambda: [stage for stage in stages.values() if stage.result is None])
@@ -149,6 +154,7 @@ def train_joint(
         stage = stages[step]
         finished = processes.from_first(stage.begin)
         if finished is None:
+            processes.from_first(partial(record_training, stage.path, inherited, data.dataset.index))
             say(f"== {step}: {settings.epochs} epochs")
             train_step(stage.path, step, net, config, data, processes)
             result = processes.from_first(partial(_finish, stage, step, config, data, net))

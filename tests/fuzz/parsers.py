@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from configs.errors import UserError
-from configs.load import load_ablation, load_config, load_dataset
+from configs.load import load_ablation, load_config, load_dataset, load_mapping
 from configs.schema import CacheConfig, PreprocessConfig
 
 Read = Callable[[Path], object]
@@ -304,6 +304,18 @@ def _read_description(path: Path) -> object:
 
 def _read_ablation(path: Path) -> object:
     return load_ablation(path)
+
+
+def _read_mapping(path: Path) -> object:
+    mapping = load_mapping(path)
+    return _allow_refusal(lambda: mapping.common_ids(SPEC.name, SPEC.phases, str(path)))
+
+
+def _read_trained_on(path: Path) -> object:
+    from features.dataset.trained_on import TRAINED_ON, trained_on
+
+    assert path.name == TRAINED_ON
+    return trained_on(path.parent)
 
 
 # ---------------------------------------------------------------------------------------------- predictions
@@ -815,6 +827,20 @@ PARSERS: dict[str, Parser] = {
         lambda: _preset_seeds("ablations/hidden.yaml", "ablations/rates.yaml", "ablations/head.yaml"),
         _YAML_WORDS,
         _YAML_MARKS,
+    ),
+    "mapping of classes": Parser(
+        "mapping.yaml",
+        _plainly(_read_mapping),
+        lambda: _preset_seeds("mappings/cholecystectomy.yaml", "mappings/cataract.yaml"),
+        _YAML_WORDS,
+        _YAML_MARKS,
+    ),
+    "training videos": Parser(
+        "trained_on.json",
+        _plainly(_read_trained_on),
+        lambda: [b'{"data": [{"dataset": "cholec80", "videos": {"video01": "", "video02": "ab"}}]}', b'{"data": []}'],
+        _JSON_WORDS,
+        _JSON_MARKS,
     ),
     "anyone's predictions": Parser(
         "video41.txt",

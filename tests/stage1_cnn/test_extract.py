@@ -27,10 +27,12 @@ from configs.schema import CnnConfig, Config, DataConfig, ExtractConfig
 from engine.stopping import Stopped, StopRequest
 from features.dataset.build import build_index
 from features.dataset.index import Dataset, Index
+from features.dataset.trained_on import trained_on
 from features.frames.source import frame_batches
 from features.store import read_features
 from features.store_folder import load_feature_set, usable_index, verify_folder
 from stage1_cnn.encoders.backbone import build_backbone
+from stage1_cnn.encoders.encoder import load_encoder
 from stage1_cnn.extract import ExtractReport, extract
 from stage1_cnn.train import train_cnn
 from tests.stage1_cnn.material import (
@@ -507,8 +509,15 @@ def test_checkpoints_of_something_else(world: World) -> None:
         dump(world, world.set(cnn={"backbone": "resnet18"}))
     index = world.index()
     swapped = index.model_copy(update={"dataset": index.dataset.model_copy(update={"tools": ("Hook", "Grasper")})})
-    with pytest.raises(UserError, match=r"its tools are Grasper, Hook; the index has Hook, Grasper"):
+    with pytest.raises(UserError, match=r"its tools are Grasper, Hook; the index has Hook, .*extract.tool_head=false"):
         dump(world, world.config, index=swapped)
+    report = dump(world, world.set(extract={"tool_head": False}), index=swapped)
+    found = read_features(report.folder / "video01.h5")
+    assert np.isnan(found.tool_logits).all()
+    own = load_encoder(world.config, world.run, index.dataset.tools)
+    assert found.attributes["encoder_digest"] == own.spec.digest
+    (trained,) = trained_on(report.folder)
+    assert list(trained.videos) == ["video01", "video02", "video03"]
 
 
 # ---------------------------------------------------------------------------------------------- shards, cache, stopping

@@ -1,0 +1,166 @@
+"""Which videos weights were trained on, and the refusal to test them on other copies of the same operations.
+
+Every training writes `trained_on.json` beside its weights, and `extract` beside the features of a trained encoder. It
+names the training and validation videos of the training itself, and those of all trainings whose weights it started
+from or whose features it used. Wherever weights meet the videos of a data set, `require_separate` compares the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from configs.errors import UserError
+from configs.load import known_overlaps
+from engine.files import read_json_object, write_json
+from engine.progress import say
+from engine.records import Record
+from engine.runs import IDENTITY_FILE
+from features.dataset.index import Index, VideoEntry
+
+TRAINED_ON = "trained_on.json"
+
+
+@dataclass(frozen=True)
+class TrainedOn(Record):
+    """The videos of one data set on which weights were trained, or which chose the best epoch.
+
+    `videos` has the hash of each video's ends (`VideoEntry.sha256_ends`) by its id.
+    """
+
+    dataset: str
+    videos: Mapping[str, str]
+
+
+def trained_on(folder: Path) -> list[TrainedOn]:
+    """Return what the weights (or the encoder of the features) in `folder` were trained on; nothing if unknown.
+
+    Raises UserError if the record is damaged.
+    """
+    path = folder / TRAINED_ON
+    if not path.is_file():
+        return _of_older_run(folder)
+    try:
+        return [TrainedOn.from_json(one) for one in read_json_object(path)["data"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: damaged; delete it, and the folder's training videos count as unknown") from error
+
+
+def _of_older_run(folder: Path) -> list[TrainedOn]:
+    """Return the training videos in the identity of stage two, which recorded them before there was a file for them."""
+    path = folder / IDENTITY_FILE
+    found: dict[str, Any] = read_json_object(path) if path.is_file() else {}
+    name, split = found.get("dataset"), found.get("split")
+    if not (isinstance(name, str) and isinstance(split, dict)):
+        return []
+    return [TrainedOn(name, {str(one): "" for part in ("train", "val") for one in split.get(part, ())})]
+
+
+def record_training(folder: Path, inherited: Sequence[TrainedOn], index: Index | None) -> None:
+    """Write what the weights in `folder` are trained on: the training and validation videos of `index`, and
+    `inherited`."""
+    own = []
+    if index is not None:
+        used = (*index.by_split("train"), *index.by_split("val"))
+        own.append(TrainedOn(index.dataset.name, {entry.id: entry.sha256_ends for entry in used}))
+    kept = list({repr(one): one for one in (*own, *inherited)}.values())
+    write_json(folder / TRAINED_ON, {"data": [one.to_json() for one in kept]})
+
+
+def inherited_from(folders: Iterable[Path], index: Index, allow: bool) -> list[TrainedOn]:
+    """Return what the weights and features in `folders` were trained on.
+
+    Raises UserError as `require_separate` does if test videos of `index` are among them.
+    """
+    found = []
+    for folder in dict.fromkeys(folders):
+        inherited = trained_on(folder)
+        require_separate(inherited, index.dataset.name, _hashes(index.by_split("test")), str(folder), allow)
+        found += inherited
+    return found
+
+
+def require_separate_split(folder: Path, index: Index, split: str, allow: bool, *, own: bool) -> None:
+    """Raise UserError as `require_separate` does if the weights in `folder` are tested on a split of an index.
+
+    In the run's `own` index, a user may ask for training videos, so only the videos of the test split count.
+    """
+    chosen = index.videos if split == "all" else index.by_split(split)
+    tested = [entry for entry in chosen if not own or entry.split == "test"]
+    require_separate(trained_on(folder), index.dataset.name, _hashes(tested), str(folder), allow, own=own)
+
+
+def _hashes(entries: Iterable[VideoEntry]) -> dict[str, str]:
+    return {entry.id: entry.sha256_ends for entry in entries}
+
+
+def require_separate(
+    trained: Sequence[TrainedOn],
+    dataset: str,
+    tested: Mapping[str, str],
+    where: str,
+    allow: bool,
+    *,
+    own: bool = False,
+) -> bool:
+    """Raise UserError if one of the `tested` videos of `dataset` is an operation that is among `trained`.
+
+    `tested` has the hash of each video's ends by its id. Returns whether there is such an operation, which is allowed.
+    Operations of two data sets are the same if the list of overlaps says so or if the recordings have equal hashes.
+    Within one data set, they are if id and hash are equal: another index may use a training video for testing. With
+    `allow`, that is a note, and so are data sets of which operations may be shared. With `own`, the videos are those of
+    the run's own index, whose data set is not compared with itself. `where` names the weights in messages.
+    """
+    found = False
+    for one in trained:
+        pairs = [] if own and one.dataset == dataset else _same_operations(one, dataset, tested)
+        if pairs:
+            (theirs, ours), more = pairs[0], len(pairs) - 1
+            others = f" (and {more} more operation{'s' * (more != 1)})" if more else ""
+            same = f"which is the same operation as {ours} of {dataset}{others}"
+            problem = f"trained on {theirs} of {one.dataset}, {same}"
+            if not allow:
+                raise UserError(
+                    f"{where}: {problem}; test on other videos (data.split, data.exclude), or set "
+                    "data.allow_overlap=true to accept results that are too good"
+                )
+            found = True
+            say(f"note: {where}: {problem}, so results on {dataset} are too good")
+        elif one.dataset != dataset and (reason := possible_overlap(one.dataset, dataset)):
+            say(f"note: {where}: trained on {one.dataset}; operations of {dataset} may be among its videos: {reason}")
+    return found
+
+
+def _same_operations(trained: TrainedOn, dataset: str, tested: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Return the pairs of a training video and a tested one that are the same operation."""
+    if trained.dataset == dataset:
+        return [(one, one) for one, source in tested.items() if trained.videos.get(one) == source]
+    by_hash = {source: video_id for video_id, source in trained.videos.items() if source}
+    pairs = {(by_hash[source], one): None for one, source in tested.items() if source in by_hash}
+    for overlap in known_overlaps():
+        if overlap.joins(trained.dataset, dataset):
+            pairs |= dict.fromkeys(overlap.shared(trained.dataset, list(trained.videos), list(tested)))
+    return list(pairs)
+
+
+def possible_overlap(first: str, second: str) -> str:
+    """Return why two data sets may share operations although no pairs are known; an empty text if they do not."""
+    return next((one.possible for one in known_overlaps() if one.possible and one.joins(first, second)), "")
+
+
+def overlap_lines(dataset: str) -> list[str]:
+    """Return a line for each data set that shares operations with this one, or may do so."""
+    lines = []
+    for one in known_overlaps():
+        if dataset not in one.datasets:
+            continue
+        other = next(name for name in one.datasets if name != dataset)
+        if one.possible:
+            lines.append(f"{other}: possible, pairs unknown: {one.possible} ({one.source})")
+        else:
+            count = len(one.same) + len(one.pairs)
+            known = "all videos with the same id" if one.same == ("*",) else f"{count} operation{'s' * (count != 1)}"
+            lines.append(f"{other}: {known} ({one.source})")
+    return lines
