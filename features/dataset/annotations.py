@@ -60,9 +60,9 @@ class LabelTrack:
         return f"data.row_base={base}" if self.places is None else f"origin: {base} in `labels` of the description"
 
 
-def read_content(path: Path) -> bytes:
+def read_content(path: Path, most_bytes: int = MAX_FILE_BYTES) -> bytes:
     """Read a file's bytes. Raises UserError if it cannot be read, is not text, or is too large for annotations."""
-    content = read_bounded(path, MAX_FILE_BYTES)
+    content = read_bounded(path, most_bytes)
     if what := recognise_start(content):
         raise UserError(f"{path}: is {what}")
     return content

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from configs.dataset_spec import DataSetSpec
-from configs.errors import UserError, printable
+from configs.errors import UserError, listed, printable
 from configs.schema import DataConfig
 from engine.files import below_root, inside
 from engine.progress import BAR_AFTER_S, progress_bar
@@ -141,9 +141,25 @@ def _build_entries(
     if faults and not (leave_out and entries):
         others = f" (also at fault: {', '.join(video_id for video_id, _ in faults[1:])})" if faults[1:] else ""
         raise UserError(f"{faults[0][1]}{others}") from faults[0][1]
+    notes += _without_records(root, found, spec, entries)
     require_one_base([(str(root / entry.source), entry.frames) for entry in entries if entry.frames], data)
     require_one_numbering([(str(root / entry.source), entry.records) for entry in entries if entry.records])
     return entries, notes, faults
+
+
+def _without_records(root: Path, found: Discovery, spec: DataSetSpec, entries: Sequence[VideoEntry]) -> list[str]:
+    """Return notes on videos of which files with the labels of several videos have none."""
+    notes = []
+    for role, files in found.shared.items():
+        source = spec.label_source(role)
+        bare = [one.id for one in entries if role not in one.files_by_role and one.kind != "tfrecord"]
+        if source and bare and files:
+            named = [str(key) for one in files for key in read_described(inside(root, one), source, spec)[0]]
+            notes.append(
+                f"{len(bare)} video(s) without {role} labels ({listed(bare, 10)}) in {listed(files)}, which has labels "
+                f"of {listed(sorted(named))}"
+            )
+    return notes
 
 
 def _splits(
@@ -214,9 +230,10 @@ def _build_entry(
     entry, fitted, notes = _labelled_entry(root, video, shared, spec, data, order)
     if leave_out:
         fractions = labelled_fractions(entry.image_frames, fitted)
-        files = entry.files_by_role
-        labelled = {inside(root, files[role].path): fraction for role, fraction in fractions.items() if role in files}
-        _require_labelled(labelled, video.source, data)
+        for role in entry.files_by_role.keys() & fractions.keys():
+            path, described = inside(root, entry.files_by_role[role].path), spec.label_source(role) is not None
+            numbers = f"unit, rate and origin in `labels` of {spec.name}" if described else "data.row_fps"
+            _require_labelled(path, fractions[role], video.source, data, numbers)
     return entry, [*notes, *fitted.notes]
 
 
@@ -299,15 +316,16 @@ def _measure(
     return folder_facts(scan, layout, spec, data.full_hash), ()
 
 
-def _require_labelled(fractions: Mapping[Path, float], source: str, data: DataConfig) -> None:
-    """Raise UserError if an annotation file labels a smaller fraction of a video than `data.min_labelled`."""
-    for path, labelled in fractions.items():
-        if labelled < data.min_labelled:
-            raise UserError(
-                f"{path}: has labels for {labelled:.1%} of {source}, less than data.min_labelled="
-                f"{data.min_labelled:g}; complete them, set data.row_fps if the rows' numbers were misunderstood, or "
-                "lower data.min_labelled"
-            )
+def _require_labelled(path: Path, labelled: float, source: str, data: DataConfig, numbers: str) -> None:
+    """Raise UserError if a file labels a smaller fraction of a video than `data.min_labelled`.
+
+    `numbers` names the setting of what its numbers count.
+    """
+    if labelled < data.min_labelled:
+        raise UserError(
+            f"{path}: has labels for {labelled:.1%} of {source}, less than data.min_labelled={data.min_labelled:g}; "
+            f"complete them, set {numbers} if the rows' numbers were misunderstood, or lower data.min_labelled"
+        )
 
 
 def _missing_images(entry: VideoEntry) -> list[str]:

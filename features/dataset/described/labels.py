@@ -6,7 +6,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
@@ -19,15 +19,14 @@ from configs.dataset_spec import DataSetSpec, class_ids, folded_name
 from configs.errors import UserError, did_you_mean, listed
 from configs.file_pattern import match_path
 from configs.label_source import TIME_UNITS, Column, LabelSource
-from features.dataset.annotations import LabelTrack, read_content, shown_cell, stride_of_rows
+from features.dataset.annotations import MAX_FILE_BYTES, LabelTrack, read_content, shown_cell, stride_of_rows
 from features.dataset.described import annotation_tools  # noqa: F401 - registers its readers
 from features.dataset.described.intervals import TimedLabels, TimedRows, TimeScale
-from features.dataset.described.records import READERS, Records
+from features.dataset.described.records import MAX_JSON_BYTES, READERS, Records, places_at
 from features.ids import id_key, normal_id, numbered_id
 
 _MAX_DIGITS = 15  # float64 represents every such integer
 _CLOCK = re.compile(r"(?:([0-9]{1,6}):)?([0-9]{1,6}):([0-9]{1,2}(?:[.,][0-9]+)?)")
-_VIDEO_NUMBER = re.compile(r"\d{1,9}")
 _NUMBER = re.compile(rf"[0-9]{{1,{_MAX_DIGITS}}}(\.0+)?")
 _PER_SECOND = {"second": 1.0, "clock": 1.0, "millisecond": 1000.0}
 _UNLABELLED = ("", "-1", "nan", "NaN", "NA", "None", "null")
@@ -39,14 +38,17 @@ def records_by_video(content: bytes, path: Path, source: LabelSource, spec: Data
     In a file of one video, the key is None. Raises UserError if the file is not of the format that the description
     states.
     """
-    records = _selected(READERS.find(source.format)(content, path, source).parsed(source, path), source, path)
+    records = _selected(READERS.find(source.format)(content, path, source).parsed(source, path), source, path, spec)
     if not source.is_shared:
         return {None: records}
     column: Column = "video" if source.columns.video is None else source.columns.video
-    places: dict[str, list[int]] = {}
-    for at, cell in enumerate(records.column(column, path, "columns.video")):
-        places.setdefault(_video_key(str(cell), path, spec), []).append(at)
-    videos = {key: records.only(at) for key, at in places.items()}
+    by_cell: dict[str, list[int]] = {}
+    for at, cell in enumerate(map(str, records.column(column, path, "columns.video"))):
+        by_cell.setdefault(cell, []).append(at)
+    by_video: dict[str, list[int]] = {}
+    for cell, places in by_cell.items():
+        by_video.setdefault(_video_key(cell, path, spec), []).extend(places)
+    videos = {key: records.only(sorted(places)) for key, places in by_video.items()}
     first = next(iter(videos), None)  # the file's notes are given once
     return {key: own if key == first else replace(own, notes=()) for key, own in videos.items()}
 
@@ -54,30 +56,39 @@ def records_by_video(content: bytes, path: Path, source: LabelSource, spec: Data
 def read_described(path: Path, source: LabelSource, spec: DataSetSpec) -> tuple[dict[str | None, Records], str]:
     """Return `records_by_video` of a file, and the SHA-256 of the file.
 
-    Files with the labels of several videos are kept in memory, so that they are not read once per video.
+    Files with the labels of several videos are kept in memory, so that they are not read once per video and track.
     """
     if not source.is_shared:
-        content = read_content(path)
+        content = _content(path, source)
         return records_by_video(content, path, source, spec), sha256(content).hexdigest()
     state = path.stat()
     return _read_shared(path, (state.st_size, state.st_mtime_ns), _Key(source, spec))
 
 
+def _content(path: Path, source: LabelSource) -> bytes:
+    return read_content(path, MAX_JSON_BYTES if source.format == "json" else MAX_FILE_BYTES)
+
+
 @dataclass(frozen=True)
 class _Key:
-    """A description's part that says how to read a file, compared by its content."""
+    """A description's part that says how to read a file, compared by its content; the same for several tracks."""
 
     source: LabelSource = field(compare=False)
     spec: DataSetSpec = field(compare=False)
     text: str = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "text", self.source.model_dump_json() + self.spec.model_dump_json())
+        known = self.source.format in ("table", "json") and not self.source.categories
+        parts = {"format", "delimiter", "header", "records", "join", "parse", "where"}
+        read = self.source.model_dump(mode="json", include=parts) if known else self.source.model_dump(mode="json")
+        named = self.spec.model_dump(mode="json", include={"name", "id_format", "patterns"})
+        text = json.dumps([read, named, self.source.columns.video], sort_keys=True)
+        object.__setattr__(self, "text", text)
 
 
 @functools.lru_cache(maxsize=4)
 def _read_shared(path: Path, state: tuple[int, int], key: _Key) -> tuple[dict[str | None, Records], str]:
-    content = read_content(path)
+    content = _content(path, key.source)
     return records_by_video(content, path, key.source, key.spec), sha256(content).hexdigest()
 
 
@@ -95,7 +106,8 @@ def _video_key(cell: str, path: Path, spec: DataSetSpec) -> str:
                 )
             cell = match["id"]
             break
-    return id_key(normal_id(numbered_id(int(cell), spec) if _VIDEO_NUMBER.fullmatch(cell) else cell))
+    is_number = _NUMBER.fullmatch(cell) is not None  # 7, or 7.0 as programs write it where a cell is empty
+    return id_key(normal_id(numbered_id(int(float(cell)), spec) if is_number else cell))
 
 
 def parse_described(
@@ -154,7 +166,7 @@ def _intervals(
         start=start[at],
         end=end[at],
         classes=classes,
-        places=[records.places[position] for position in at.tolist()],
+        places=places_at(records.places, at.tolist()),
         scale=_scale(source, tick),
         inclusive=source.end == "inclusive" and source.form == "intervals",
         overlaps=tuple(known[folded_name(name)] for name in priorities) or str(source.overlaps),
@@ -163,12 +175,19 @@ def _intervals(
     )
 
 
-def _selected(records: Records, source: LabelSource, path: Path) -> Records:
+def _selected(records: Records, source: LabelSource, path: Path, spec: DataSetSpec) -> Records:
     """Return the records that have the values which `where` asks for."""
     for name, value in source.where.items():
         column: Column = int(name) if name.isdecimal() and records.numbered and name not in records.columns else name
         cells = records.column(column, path, f"where.{name}")
-        records = records.only([at for at, cell in enumerate(cells) if str(cell) == value])
+        keep = [at for at, cell in enumerate(cells) if str(cell) == value]
+        if cells and not keep:
+            others = listed(sorted({shown_cell(str(cell)) for cell in cells}), 8)
+            raise UserError(
+                f"{path}: no record has {name} {value!r}, which `where` in `labels` of {spec.name} asks for; found: "
+                f"{others}"
+            )
+        records = records.only(keep)
     return records
 
 
@@ -186,15 +205,19 @@ def _numbers(
         if not (values >= origin).all():
             at = int(np.argmin(values >= origin))
             what = f"not a whole number of {origin} or more"
-            raise UserError(f"{path}: {records.places[at]}: {key} is {shown_cell(str(cells[at]))}, {what}")
+            raise UserError(f"{path}: {records.places[at]}: {key} is {_shown(cells[at])}, {what}")
         return values, 0.0
     texts = [str(cell).strip() if cell is not None and not isinstance(cell, bool) else "" for cell in cells]
     values = np.array([_seconds(text, source.unit) for text in texts], dtype=np.float64)
     if not (values >= 0).all():
         at = int(np.argmin(values >= 0))
         what = "a time such as 00:12:34.500" if source.unit == "clock" else "a number"
-        raise UserError(f"{path}: {records.places[at]}: {key} is {shown_cell(texts[at])}, not {what}")
+        raise UserError(f"{path}: {records.places[at]}: {key} is {_shown(cells[at])}, not {what}")
     return values, 10.0 ** -max(map(_decimals, texts), default=0) / _PER_SECOND[source.unit]
+
+
+def _shown(cell: Any) -> str:
+    return "missing" if cell is None else shown_cell(str(cell))
 
 
 def _whole_numbers(cells: Sequence[Any]) -> NDArray[np.float64]:
@@ -260,7 +283,7 @@ def _rows(
             raise UserError(f"{path}: {one} and {other} give {numbers[order[at]]:.10g} two labels")
         first = order[np.concatenate([[True], ~again])]
         rows, labels = numbers[first], classes[first]
-    places = [records.places[at] for at in first.tolist()]
+    places = places_at(records.places, first.tolist())
     if scale is not None:
         return TimedRows(rows, labels, places, scale)
     own = rows.astype(np.int64)
@@ -284,14 +307,22 @@ def _labelled(
     label = source.columns.label
     column: Column = "label" if label is None or isinstance(label, tuple) else label
     cells = records.column(column, path, "columns.label")
-    find = _finder(source, role, spec)
-    classes = np.array([find(cell, path, records.places[at]) for at, cell in enumerate(cells)], dtype=np.int8)
+    texts, find = list(map(_text, cells)), _finder(source, role, spec)
+    found = {text: find(text) for text in dict.fromkeys(texts)}
+    for text, one in found.items():
+        if isinstance(one, str):
+            raise UserError(f"{path}: {records.places[texts.index(text)]}: {one} (data set {spec.name})")
+    classes = np.array([found[text] for text in texts], dtype=np.int8)
     at = np.arange(len(cells), dtype=np.int64) if keep else np.flatnonzero(classes >= 0)
     return at, classes[at]
 
 
-def _finder(source: LabelSource, role: str, spec: DataSetSpec) -> Any:
-    """Return a function that gives the class of a cell, -1 for none, or raises UserError."""
+def _text(cell: Any) -> str:
+    return cell.strip() if isinstance(cell, str) else "" if cell is None else str(cell)
+
+
+def _finder(source: LabelSource, role: str, spec: DataSetSpec) -> Callable[[str], int | str]:
+    """Return a function that gives the class of a text, -1 for none, or says why it has none."""
     names, aliases = spec.classes_of(role)
     known = class_ids(names, aliases) | {
         folded_name(label): class_ids(names, aliases)[folded_name(name)] for label, name in source.meaning.items()
@@ -299,7 +330,7 @@ def _finder(source: LabelSource, role: str, spec: DataSetSpec) -> Any:
     bare = set(source.no_label) | set(_UNLABELLED)
 
     @functools.lru_cache(maxsize=4096)
-    def of_text(text: str) -> int | str:
+    def find(text: str) -> int | str:
         if text in source.no_label:
             return -1
         if folded_name(text) in known and (source.numbers_from is None or text in source.meaning):
@@ -314,12 +345,6 @@ def _finder(source: LabelSource, role: str, spec: DataSetSpec) -> Any:
             return number if 0 <= number < len(names) else f"label {text} is not one of {source.numbers_from} to {last}"
         hint = did_you_mean(text[:80], (*aliases, *names)) or f" (known: {listed(names, 20)})"
         return f"unknown label {shown_cell(text)}{hint}; or add it to `meaning` or `no_label` of its `labels`"
-
-    def find(cell: Any, path: Path, place: str) -> int:
-        found = of_text("" if cell is None else str(cell).strip())
-        if isinstance(found, str):
-            raise UserError(f"{path}: {place}: {found} (data set {spec.name})")
-        return found
 
     return find
 
@@ -338,22 +363,24 @@ def _present(records: Records, path: Path, source: LabelSource, spec: DataSetSpe
         values |= dict.fromkeys(source.no_label, -1)
         present = np.empty((len(records), len(columns)), dtype=np.int8)
         for tool, name in enumerate(columns):
-            for at, cell in enumerate(records.column(name, path, "columns.label")):
-                value = values.get("" if cell is None else str(cell).strip())
-                if value is None:
-                    raise UserError(
-                        f"{path}: {records.places[at]}: {spec.tools[tool]} is {shown_cell(str(cell))}, not 0 or 1"
-                    )
-                present[at, tool] = value
+            texts = list(map(_text, records.column(name, path, "columns.label")))
+            if odd := set(texts) - values.keys():
+                at = next(at for at, text in enumerate(texts) if text in odd)
+                raise UserError(
+                    f"{path}: {records.places[at]}: {spec.tools[tool]} is {shown_cell(texts[at])}, not 0 or 1"
+                )
+            present[:, tool] = [values[text] for text in texts]
         return present
     find = _finder(source, "tool", spec)
     present = np.zeros((len(records), len(spec.tools)), dtype=np.int8)
     for column in naming:
         for at, cell in enumerate(records.column(column, path, "columns.label")):
             for name in _names_in(cell, source):
-                tool = find(name, path, records.places[at])
-                if tool >= 0:
-                    present[at, tool] = 1
+                found = find(_text(name))
+                if isinstance(found, str):
+                    raise UserError(f"{path}: {records.places[at]}: {found} (data set {spec.name})")
+                if found >= 0:
+                    present[at, found] = 1
     return present
 
 
@@ -363,7 +390,7 @@ def _names_in(cell: Any, source: LabelSource) -> list[Any]:
     if isinstance(cell, str) and cell.startswith("[") and cell.endswith("]"):
         try:
             return list(json.loads(cell))
-        except ValueError:
+        except (ValueError, RecursionError):
             return [cell]
     if source.separator and isinstance(cell, str):
         return cell.split(source.separator)

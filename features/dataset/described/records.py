@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from configs.errors import UserError, did_you_mean, listed
 from configs.label_source import Categories, Column, LabelSource
@@ -16,7 +16,34 @@ from configs.registry import Registry
 from features.dataset.annotations import shown_cell, text_lines
 
 _DELIMITERS = {"tab": "\t", "comma": ",", "semicolon": ";"}
+# One JSON file may hold the boxes of every frame of a data set. Its values need up to 100 bytes of memory each.
+MAX_JSON_BYTES = 256 << 20
+MAX_JSON_VALUES = 1 << 24
 _CAPTURE = re.compile(r"\{(\w+)\}")
+
+
+class LineNumbers(Sequence[str]):
+    """Where the records of a table are. The texts are made only when a message needs them."""
+
+    def __init__(self, numbers: Sequence[int]) -> None:
+        self.numbers = numbers
+
+    @overload
+    def __getitem__(self, at: int) -> str: ...
+    @overload
+    def __getitem__(self, at: slice) -> LineNumbers: ...
+    def __getitem__(self, at: int | slice) -> str | LineNumbers:
+        return LineNumbers(self.numbers[at]) if isinstance(at, slice) else f"line {self.numbers[at]}"
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+
+def places_at(places: Sequence[str], keep: Sequence[int]) -> Sequence[str]:
+    """Return the places of the records at these positions."""
+    if isinstance(places, LineNumbers):
+        return LineNumbers([places.numbers[at] for at in keep])
+    return [places[at] for at in keep]
 
 
 @dataclass(frozen=True)
@@ -49,10 +76,14 @@ class Records:
 
     def only(self, keep: Sequence[int]) -> Records:
         """Return the records at these positions."""
+        taken: dict[int, Sequence[Any]] = {}  # a table's columns are named and numbered, and need be taken only once
+        for values in (*self.columns.values(), *self.numbered):
+            if id(values) not in taken:
+                taken[id(values)] = [values[at] for at in keep]
         return Records(
-            {name: [values[at] for at in keep] for name, values in self.columns.items()},
-            [self.places[at] for at in keep],
-            [[values[at] for at in keep] for values in self.numbered],
+            {name: taken[id(values)] for name, values in self.columns.items()},
+            places_at(self.places, keep),
+            [taken[id(values)] for values in self.numbered],
             self.notes,
         )
 
@@ -70,7 +101,7 @@ class Records:
                     )
                 for name, value in match.groupdict().items():
                     made[name].append(value)
-        return replace(self, columns={**self.columns, **made})
+        return replace(self, columns={**self.columns, **made}) if made else self
 
     def __len__(self) -> int:
         return len(self.places)
@@ -82,50 +113,73 @@ READERS: Registry[ReadRecords] = Registry("format of labels", "surgstage.label_f
 
 def read_table(content: bytes, path: Path, source: LabelSource) -> Records:
     """Read a table. Raises UserError naming the line that has more or fewer columns than the first."""
-    lines = text_lines(content, path)
-    rows = [(number, cells) for number, cells in enumerate(_cells(lines, source, path), start=1) if any(cells)]
+    numbers, rows = _rows_of_cells(text_lines(content, path), source, path)
     if not rows:
         raise UserError(f"{path}: is empty")
-    names = rows[0][1] if source.header else [str(at) for at in range(1, len(rows[0][1]) + 1)]
+    names = rows[0] if source.header else [str(at) for at in range(1, len(rows[0]) + 1)]
     twice = sorted({name for name in names if name and names.count(name) > 1})
     if twice:
-        raise UserError(f"{path}: line {rows[0][0]} names the column {twice[0]} twice")
-    rows = rows[1:] if source.header else rows
-    while names and not names[-1] and all(len(cells) < len(names) or not cells[len(names) - 1] for _, cells in rows):
+        raise UserError(f"{path}: line {numbers[0]} names the column {twice[0]} twice")
+    if source.header:
+        numbers, rows = numbers[1:], rows[1:]
+    if set(map(len, rows)) - {len(names)} or not names[-1]:
+        names, rows = _with_equal_widths(names, rows, numbers, source, path)
+    columns = [list(map(str.strip, column)) for column in zip(*rows, strict=True)] if rows else [[] for _ in names]
+    return Records(dict(zip(names, columns, strict=True)), LineNumbers(numbers), columns)
+
+
+def _rows_of_cells(lines: list[str], source: LabelSource, path: Path) -> tuple[Sequence[int], list[list[str]]]:
+    """Return the numbers of the lines that are not empty, and their cells; the cells of the first are stripped."""
+    if source.delimiter == "blank":
+        rows = [line.split() for line in lines]
+    elif '"' in (mark := _DELIMITERS[source.delimiter]).join(lines):
+        rows = _quoted_rows(lines, mark, source, path)
+    else:
+        rows = [line.split(mark) for line in lines]
+    numbers = [number for number, row in enumerate(rows, start=1) if any(map(str.strip, row))]
+    if len(numbers) < len(rows):
+        rows = [rows[number - 1] for number in numbers]
+    if rows:
+        rows[0] = list(map(str.strip, rows[0]))
+    return numbers, rows
+
+
+def _quoted_rows(lines: Sequence[str], mark: str, source: LabelSource, path: Path) -> list[list[str]]:
+    """Return a row for each line; a quoted cell may continue on the next lines, which then have no cells."""
+    rows: list[list[str]] = []
+    reader = csv.reader(lines, delimiter=mark, strict=True)
+    try:
+        for row in reader:
+            rows += [row, *[[]] * (reader.line_num - len(rows) - 1)]
+    except csv.Error as error:
+        raise UserError(f"{path}: is not a table separated by {source.delimiter}: {error}") from error
+    return rows
+
+
+def _with_equal_widths(
+    names: list[str], rows: list[list[str]], numbers: Sequence[int], source: LabelSource, path: Path
+) -> tuple[list[str], list[list[str]]]:
+    """Return names and rows without empty cells at the end of all lines, or of lines that are too long."""
+    while names and not names[-1] and not any("".join(cells[len(names) - 1 :]).strip() for cells in rows):
         names = names[:-1]  # a delimiter at the end of every line
-    table = []
-    for number, cells in rows:
-        if len(cells) > len(names) and not any(cells[len(names) :]):
-            cells = cells[: len(names)]
+    for at, cells in enumerate(rows):
+        if len(cells) > len(names) and not "".join(cells[len(names) :]).strip():
+            rows[at] = cells = cells[: len(names)]
         if len(cells) != len(names):
             found = f"{len(cells)} column{'s' * (len(cells) != 1)}"
             raise UserError(
-                f"{path}: line {number} has {found}; expected {len(names)}, separated by {source.delimiter}"
+                f"{path}: line {numbers[at]} has {found}; expected {len(names)}, separated by {source.delimiter}"
             )
-        table.append(cells)
-    numbered = [list(column) for column in zip(*table, strict=True)] if table else [[] for _ in names]
-    return Records(dict(zip(names, numbered, strict=True)), [f"line {number}" for number, _ in rows], numbered)
-
-
-def _cells(lines: Sequence[str], source: LabelSource, path: Path) -> Iterator[list[str]]:
-    if source.delimiter == "blank":
-        yield from (line.split() for line in lines)
-        return
-    quoted = "\n".join(lines).count('"') > 0
-    if not quoted:
-        yield from ([cell.strip() for cell in line.split(_DELIMITERS[source.delimiter])] for line in lines)
-        return
-    try:
-        for row in csv.reader(lines, delimiter=_DELIMITERS[source.delimiter], strict=True):
-            yield [cell.strip() for cell in row]
-    except csv.Error as error:
-        raise UserError(f"{path}: is not a table separated by {source.delimiter}: {error}") from error
+    return names, rows
 
 
 def read_json_records(content: bytes, path: Path, source: LabelSource) -> Records:
     """Read the records that `source.records` names. Raises UserError if there are none, or they are not alike."""
+    if (values := content.count(b",") + content.count(b"[") + content.count(b"{")) > MAX_JSON_VALUES:
+        raise UserError(f"{path}: has some {values:,} values, more than {MAX_JSON_VALUES:,}; split it by video")
     try:
-        tree = json.loads(content.decode("utf-8-sig"), parse_constant=_no_constant)
+        text = content.decode("utf-8-sig")
+        tree = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is not JSON: {str(error)[:120]}") from error
     found = list(_walk(tree, (source.records or "").split("."), {}, "", path))
@@ -133,9 +187,8 @@ def read_json_records(content: bytes, path: Path, source: LabelSource) -> Record
     widths = {len(record) for _, record, _ in joined if isinstance(record, list)}
     if len(widths) > 1:
         raise UserError(f"{path}: the records at {source.records} are lists of {min(widths)} to {max(widths)} entries")
-    names: dict[str, None] = {}
-    for _, record, keys in joined:
-        names |= dict.fromkeys(keys) | (dict.fromkeys(map(str, record)) if isinstance(record, dict) else {})
+    shapes = dict.fromkeys((*keys, *(record if isinstance(record, dict) else ())) for _, record, keys in joined)
+    names = dict.fromkeys(name for shape in shapes for name in shape)
     columns = {
         name: [keys.get(name, record.get(name) if isinstance(record, dict) else None) for _, record, keys in joined]
         for name in names
@@ -167,30 +220,33 @@ def _walk(tree: Any, path: Sequence[str], keys: dict[str, Any], place: str, file
         entries = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else None
         if entries is None:
             raise UserError(f"{file}: {place or 'the whole file'} is {type(tree).__name__}, not a list or mapping")
+        inside = f"{place}." if place else ""
         for key, entry in entries:
             more = {**keys, capture[1]: key} if capture else keys
-            yield from _walk(entry, rest, more, f"{place}[{key}]" if isinstance(tree, list) else f"{place}.{key}", file)
+            here = f"{place}[{key}]" if isinstance(tree, list) else f"{inside}{str(key)[:60]}"
+            yield from _walk(entry, rest, more, here, file)
         return
     if not isinstance(tree, dict) or step not in tree:
-        has = f" (it has {listed([str(key) for key in tree], 8)})" if isinstance(tree, dict) else ""
-        raise UserError(f"{file}: {place.lstrip('.') or 'the whole file'} has no {step}{has}")
-    yield from _walk(tree[step], rest, keys, f"{place}.{step}", file)
+        has = f" (it has {listed([str(key)[:60] for key in tree], 8)})" if isinstance(tree, dict) else ""
+        raise UserError(f"{file}: {place or 'the whole file'} has no {step}{has}")
+    yield from _walk(tree[step], rest, keys, f"{place}.{step}" if place else step, file)
 
 
 def _joined(tree: Any, found: Sequence[Found], source: LabelSource, path: Path) -> list[Found]:
     join = source.join
     assert join is not None
-    others = {}
+    others: dict[Any, dict[str, Any]] = {}
     for place, other, keys in _walk(tree, join.records.split("."), {}, "", path):
         if not isinstance(other, dict) or join.key not in other:
-            raise UserError(f"{path}: {place.lstrip('.')} has no {join.key}, which join.key names")
-        others[_hashable(other[join.key])] = {**keys, **other}
+            raise UserError(f"{path}: {place} has no {join.key}, which join.key names")
+        if others.setdefault(_hashable(other[join.key]), {**keys, **other}) != {**keys, **other}:
+            raise UserError(f"{path}: {place}: another entry has the same {join.key}, which join.key names")
     result = []
     for place, record, keys in found:
         key = record.get(join.by) if isinstance(record, dict) else None
         other = others.get(_hashable(key))
         if other is None or not isinstance(record, dict):
-            raise UserError(f"{path}: {place.lstrip('.')}: {join.by} {shown_cell(str(key))} is not in {join.records}")
+            raise UserError(f"{path}: {place}: {join.by} {shown_cell(str(key))} is not in {join.records}")
         result.append((place, {**other, **record}, keys))
     return result
 
@@ -202,9 +258,9 @@ def _class_names(tree: Any, categories: Categories, path: Path) -> dict[str, str
         entry = {**keys, **record} if isinstance(record, dict) else keys
         key, name = entry.get(categories.key), entry.get(categories.name)
         if not isinstance(key, str | int) or not isinstance(name, str):
-            raise UserError(f"{path}: {place.lstrip('.')} has no {categories.key} and {categories.name} of a class")
+            raise UserError(f"{path}: {place} has no {categories.key} and {categories.name} of a class")
         if names.setdefault(str(key), name) != name:
-            raise UserError(f"{path}: {place.lstrip('.')}: two classes have the {categories.key} {str(key)[:40]}")
+            raise UserError(f"{path}: {place}: two classes have the {categories.key} {str(key)[:40]}")
     return names
 
 
@@ -228,6 +284,15 @@ def _name_labels(
 
 def _hashable(value: Any) -> Any:
     return value if isinstance(value, str | int | float | None) else repr(value)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for at, name in enumerate(names) if name in names[:at])
+        raise ValueError(f"the key {shown_cell(twice)} comes twice in one object")
+    return found
 
 
 def _no_constant(name: str) -> Any:

@@ -16,6 +16,7 @@ from configs.label_source import Columns, LabelSource
 from features.dataset.annotations import LabelTrack
 from features.dataset.described.intervals import TimedLabels
 from features.dataset.described.labels import parse_described, records_by_video
+from features.dataset.labels import fit_tracks, sample_labels
 from features.dataset.row_numbers import Extent, RowNumbering
 
 EXTENT = Extent("video01.mp4", 100, 25.0, 25.0)
@@ -40,8 +41,7 @@ def labels_of(content: str, video: str | None = None, extent: Extent = EXTENT, *
         frames = np.arange(extent.frame_count)
         row = np.searchsorted(track.frame_index, frames, "right") - 1
         return [int(track.labels[at]) if at >= 0 else -1 for at in row]
-    assert isinstance(track, TimedLabels)
-    return track.place(FILE, extent).labels.tolist()
+    return sample_labels(np.arange(extent.frame_count), track.place(FILE, extent), None, "mask", 0)[0].tolist()
 
 
 def test_rows_at_a_rate_of_their_own_count_from_their_origin() -> None:
@@ -83,7 +83,7 @@ def test_nested_intervals(overlaps: object, middle: int) -> None:
     }
     assert labels_of(content, overlaps=overlaps, **options) == [0] * 25 + [middle] * 25 + [0] * 50
     assert labels_of(content, no_label=["B"], **options) == [0] * 100
-    with pytest.raises(UserError, match=r"labels: \.phases\[1\] overlaps \.phases\[0\], which has another label"):
+    with pytest.raises(UserError, match=r"labels: phases\[1\] overlaps phases\[0\], which has another label"):
         labels_of(content, **options)
 
 
@@ -106,6 +106,91 @@ def test_vectors_in_json_by_frame() -> None:
         columns={"start": "frame", "label": 2},
     )
     assert found == [0] * 50 + [1] * 50
+
+
+NTSC = Extent("video01.mp4", 90, 30000 / 1001, 25.0)
+
+
+def test_rows_may_come_in_any_order_and_twice_if_they_agree() -> None:
+    options = {"unit": "source", "columns": {"label": "label"}}
+    assert labels_of("start\tlabel\n50\tB\n0\tA\n0\tA\n", **options) == [0] * 50 + [1] * 50
+    with pytest.raises(UserError, match="labels: line 3 and line 4 give 0 two labels"):
+        labels_of("start\tlabel\n50\tB\n0\tA\n0\tC\n", **options)
+
+
+@pytest.mark.parametrize(
+    ("starts", "unit", "first"),
+    [(("0", "1"), "second", 29), (("0.000", "1.000"), "second", 30), ((0, 1000), "millisecond", 30)],
+)
+def test_whole_seconds_are_samples_and_other_times_are_moments(starts: tuple, unit: str, first: int) -> None:
+    """At 29.97 fps, frame 29 is on screen after one second, and frame 30 is the first one shown later."""
+    content = f"{starts[0]}\tA\n{starts[1]}\tB\n"
+    found = labels_of(content, extent=NTSC, header=False, form="starts", unit=unit, columns={"start": 1, "label": 2})
+    assert found.index(1) == first
+
+
+def test_an_offset_moves_numbers_of_frames_too() -> None:
+    content = "start\tlabel\n0\tA\n50\tB\n"
+    options = {"unit": "source", "columns": {"label": "label"}, "form": "starts"}
+    assert labels_of(content, offset_s=1, **options) == [-1] * 25 + [0] * 50 + [1] * 25
+    assert labels_of(content, offset_s=-1, **options) == [0] * 25 + [1] * 75
+    assert labels_of(content, offset_s=-1, **options | {"form": "rows"}) == [0] * 25 + [1] * 50 + [-1] * 25
+
+
+def test_a_frame_of_no_interval_shows_no_tool_and_tools_may_overlap() -> None:
+    content = "start,end,label\n0,2,Hook\n1,3,Grasper\n"
+    source = LabelSource.model_validate(
+        {"files": r"(?P<id>\d+)\.txt", "delimiter": "comma", "form": "intervals", "unit": "second"}
+        | {"columns": {"end": "end", "label": "label"}}
+    )
+    spec = spec_of(source, tools=("Grasper", "Hook"), labels={"tools": source})
+    track = parse_described(records_by_video(content.encode(), FILE, source, spec)[None], FILE, source, "tool", spec)
+    assert isinstance(track, TimedLabels)
+    shown = track.place(FILE, EXTENT).labels
+    assert shown[[0, 30, 60, 80]].tolist() == [[0, 1], [1, 1], [1, 0], [0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            '{"rows": [{"start": 0, "label": "A", "label": "B"}]}',
+            "is not JSON: the key 'label' comes twice in one object",
+        ),
+        ('{"rows": [{"start": NaN, "label": "A"}]}', "is not JSON: NaN is not a number"),
+        ("[" * 100_000, "is not JSON: "),
+        ('{"rows": [{"start": 0, "label": "A", "who": 2}]}', "no record has who '1', which `where` in `labels` of own"),
+        (
+            '{"rows": [{"start": 0, "label": "A", "who": 1}, {"who": 1}]}',
+            "rows[1]: columns.start is missing, not",
+        ),
+        ('{"rows": [{"start": true, "label": "A", "who": 1}]}', "rows[0]: columns.start is 'True', not a whole"),
+        ('{"rows": [{"start": 1e300, "label": "A", "who": 1}]}', "rows[0]: columns.start is '1e+300', not a whole"),
+        ('{"rows": {"a": {"start": 0, "label": "D", "who": 1}}}', "has no column 'who' for where.who"),
+        ('{"row": []}', "the whole file has no rows (it has row)"),
+    ],
+)
+def test_faults_in_json_are_named_with_their_path(content: str, message: str) -> None:
+    options = {"format": "json", "records": "rows", "unit": "source", "columns": {"label": "label"}}
+    with pytest.raises(UserError, match="labels: ") as raised:
+        labels_of(content, where={"who": 1}, **options)
+    assert message in str(raised.value)
+
+
+def test_messages_about_rows_name_their_line_and_the_description() -> None:
+    """Without a header, the line is the row; and data.row_fps is no remedy where the description has `labels`."""
+    source = LabelSource.model_validate(
+        {"files": r"(?P<id>\d+)\.txt", "header": False, "columns": {"start": 1, "label": 2}}
+    )
+    spec = spec_of(source)
+    content = "".join(f"{row}\tA\n" for row in range(40)).encode()
+    track = parse_described(records_by_video(content, FILE, source, spec)[None], FILE, source, "phase", spec)
+    assert isinstance(track, LabelTrack)
+    with pytest.raises(UserError, match=r"labels: line 21 is frame 20, beyond .* set unit and rate in `labels` of the"):
+        fit_tracks({"phase": (FILE, track)}, Extent("video01.mp4", 20, 25.0, 25.0))
+    with pytest.raises(UserError, match=r"line 4 frame 7 follows 4, where 6 was due"):
+        records = records_by_video(b"0\tA\n2\tA\n4\tA\n7\tB\n", FILE, source, spec)[None]
+        parse_described(records, FILE, source, "phase", spec)
 
 
 @pytest.mark.parametrize(
