@@ -178,15 +178,14 @@ def _read_all(
 
 
 def _completed(video: VideoAnnotations, ask: Conversion) -> VideoAnnotations:
-    """Return the video with what the index knows: its id's spelling, rate and file.
+    """Return the video with what the index knows: its id's spelling, rate and file (none for one in several files).
 
     A file with another name than its video is recognised by the video that it is linked to.
     """
     entry = ask.entry(video.video) or (ask.entry(PurePosixPath(video.media).stem) if video.media else None)
-    fps = ask.fps or (entry.fps if entry else video.fps)
-    return replace(
-        video, fps=fps, video=entry.id if entry else video.video, media=entry.source if entry else video.media
-    )
+    if entry is None:
+        return replace(video, fps=ask.fps or video.fps)
+    return replace(video, fps=ask.fps or entry.fps, video=entry.id, media=None if entry.parts else entry.source)
 
 
 def _read_cholec80(content: bytes, path: Path, ask: Conversion) -> Annotations:
@@ -223,7 +222,12 @@ def _chosen(video: VideoAnnotations, ask: Conversion, notes: list[str]) -> Video
     entry = ask.entry(video.video)
     if ask.index is not None and entry is None:
         notes.append(f"{video.video}: not in the index")
-    if entry is not None and entry.times and ask.target in ("labelstudio", "cholec80"):
+    if entry is not None and entry.parts and ask.target in ("labelstudio", "eaf"):
+        notes.append(
+            f"{video.video}: has {len(entry.parts)} files, so none is linked; join them to see video and labels "
+            "together"
+        )
+    if entry is not None and entry.times_s is not None and ask.target in ("labelstudio", "cholec80"):
         notes.append(f"{video.video}: has no constant frame rate; frames are counted at its mean, {entry.fps:.6g} fps")
     if ask.spec is not None:
         names = dict.fromkeys((one.track, one.label) for one in kept)

@@ -88,7 +88,7 @@ class Trial:
 
     def _splits(self, found: Discovery, index: Index) -> Iterator[str]:
         ids, split = found.ids, self.config.data.split
-        paths = {video.id: [video.source, *video.labels.values()] for video in found.videos}
+        paths = {video.id: sorted(video.paths) for video in found.videos}
         paths |= {entry.id: sorted(entry.paths) for entry in index.videos}  # also files with labels of several videos
         spec = with_lists(self.spec, published_lists(self.root, self.spec, split, paths, ids))
         if problem := usual_split_problem(ids, spec, split):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from configs.load import load_dataset
+from configs.schema import DataConfig
 from features.annotation_files.intervals import Interval
 from features.annotation_files.table import read_csv
+from features.dataset.build import build_index
 from features.dataset.formats.cholec80 import read_phase_file
 from interop.annotations import FORMATS, Conversion, convert
 from tests.cli import run, succeed
+from tests.videos import VideoSpec, write_video
 
 SPEC = load_dataset("cholec80")
 TABLE = """\
@@ -121,6 +125,23 @@ def test_of_overlapping_intervals_the_shortest_has_the_frame(tmp_path: Path) -> 
         "2\tPreparation",
         "3\tPreparation",
     ]
+
+
+def test_a_recording_in_several_files_is_linked_to_none_of_them(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pattern = r"video(?P<id>\d+)_part(?P<part>\d)\.mp4"
+    spec = SPEC.model_copy(update={"patterns": SPEC.patterns.model_copy(update={"video": pattern})})
+    (folder / "data").mkdir()
+    for part, fps in ((1, 25), (2, 30)):
+        write_video(folder / f"data/video01_part{part}.mp4", VideoSpec(count=50, fps=Fraction(fps)))
+    index = build_index(folder / "data", spec, DataConfig())
+    convert(folder / "a.csv", folder / "elan", Conversion("eaf", index=index))
+    notes = capsys.readouterr().err
+    assert "note: video01: has 2 files, so none is linked; join them to see video and labels together" in notes
+    assert "part1" not in (folder / "elan/video01.eaf").read_text(encoding="utf-8")
+    convert(folder / "a.csv", folder / "all.json", Conversion("labelstudio", index=index, fps=25))
+    assert "note: video01: has no constant frame rate" in capsys.readouterr().err
 
 
 def test_one_bad_file_is_reported_and_the_others_are_converted(folder: Path) -> None:
