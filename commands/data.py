@@ -163,10 +163,10 @@ def info(folder: Path) -> None:
 @click.option(
     "--format",
     "layout",
-    type=click.Choice(["auto", "tecno", "mstcn", "npy", "npz", "pt", "h5"]),
+    type=click.Choice(["auto", "tecno", "transsvnet", "mstcn", "npy", "npz", "pt", "h5"]),
     default="auto",
-    help="What the files are: pickles of TeCNO, a folder of MS-TCN or ASFormer, or files of arrays. auto: from the "
-    "endings of the files.",
+    help="What the files are: pickles of TeCNO or Trans-SVNet, a folder of MS-TCN or ASFormer, or files of arrays. "
+    "auto: from the names of the files.",
 )
 @click.option("--fps", type=options.POSITIVE, metavar="RATE", help="Rows per second in the files.")
 @click.option("--every", type=click.IntRange(1), default=1, metavar="N", help="Take only every N-th row.")

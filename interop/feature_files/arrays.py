@@ -10,7 +10,8 @@ import math
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -64,19 +65,19 @@ class Content:
 
 
 @contextmanager
-def open_features(path: Path, format: str, key: str | None = None) -> Iterator[Content]:
+def open_features(path: Path, format: str, key: str | None = None, rows: slice | None = None) -> Iterator[Content]:
     """Yield what a file of features in one of `FORMATS` holds; it is closed afterwards.
 
-    `key` names the array with the features, or else it is the one called `features` or the only one with two
-    dimensions of real numbers. Raises UserError naming the file if it is missing, unreadable or damaged, if it holds
-    objects, or if the features cannot be told from other arrays.
+    `rows` are those of one video in a file of several. `key` names the array with the features, or else it is the one
+    called `features` or the only one with two dimensions of real numbers. Raises UserError naming the file if it is
+    missing, unreadable or damaged, if it holds objects, or if the features cannot be told from other arrays.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     with ExitStack() as stack:
         with _readable(path, format):
             content = _content(stack.enter_context(FORMATS[format](path)), path, format, key)
-        yield content
+        yield content if rows is None else replace(content, features=content.features[rows])
 
 
 @contextmanager
@@ -94,6 +95,7 @@ def _readable(path: Path, format: str) -> Iterator[None]:
 
 _WORDS = {
     "tecno": "a pickle of TeCNO",
+    "lfb": "a pickle of Trans-SVNet",
     "npy": "a NumPy file",
     "npz": "a NumPy archive",
     "pt": "a tensor file of PyTorch",
@@ -102,9 +104,9 @@ _WORDS = {
 
 
 def _content(arrays: Named, path: Path, format: str, key: str | None) -> Content:
+    if key is not None and format in ("tecno", "lfb", "npy"):
+        raise UserError(f"--key: the arrays in {path.name} have no names; leave it out")
     if format == "tecno":
-        if key is not None:
-            raise UserError("--key: pickles of TeCNO have no names; leave it out")
         return Content(path, format, arrays[TECNO[0]], np.asarray(arrays[TECNO[2]]))
     chosen = _features_name(arrays, path, key)
     others = {name: array for name, array in arrays.items() if name != chosen}
@@ -223,12 +225,27 @@ def _pickle_file(path: Path) -> Iterator[Named]:
     if isinstance(content, np.ndarray):
         raise UserError(
             f"{path}: one array {'x'.join(map(str, content.shape))}, not a list of three as TeCNO writes; if it holds "
-            "all videos of a split one after the other (Trans-SVNet), divide it into one .npy file per video"
+            "all videos of a part one after the other, import its folder with --format transsvnet"
         )
     shapes = [array.shape if isinstance(array, np.ndarray) else None for array in arrays]
     if [shape and len(shape) for shape in shapes] != [2, 2, 1] or len({shape[0] for shape in shapes if shape}) != 1:
         raise UserError(f"{path}: not a pickle of TeCNO: a list of stem features (T, D), logits (T, C) and labels (T,)")
     yield dict(zip(TECNO, arrays, strict=True))
+
+
+@contextmanager
+def _concatenated_file(path: Path) -> Iterator[Named]:
+    """The array that Trans-SVNet pickles for all videos of a part, one after the other."""
+    state = path.stat()
+    yield {"": _one_array(path, state.st_size, state.st_mtime_ns)}
+
+
+@lru_cache(maxsize=1)  # which is read for one video after the other
+def _one_array(path: Path, size_bytes: int, modified_ns: int) -> NDArray[Any]:
+    content = load_arrays(path)
+    if not isinstance(content, np.ndarray):
+        raise UserError(f"{path}: not a pickle of Trans-SVNet: one array (N, D) for all videos of a part")
+    return content
 
 
 def _by_name(content: Any, path: Path, convert: Callable[[Any], NDArray[Any] | None]) -> Named:
@@ -279,6 +296,7 @@ def _require_stored_here(found: h5py.Dataset, name: str, path: Path) -> None:
 Reader = Callable[[Path], AbstractContextManager[Named]]
 FORMATS: Mapping[str, Reader] = {
     "tecno": _pickle_file,
+    "lfb": _concatenated_file,
     "npy": _numpy_array,
     "npz": _numpy_archive,
     "pt": _torch_file,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from configs.dataset_spec import DataSetSpec
@@ -13,19 +14,27 @@ from features.dataset.discover import id_of_name, sorted_entries
 from features.dataset.index import Index
 from features.ids import id_key, id_problem, natural_key, normal_id
 from interop.feature_files import mstcn
-from interop.feature_files.arrays import SUFFIXES
+from interop.feature_files.arrays import SUFFIXES, open_features
+from interop.pickled_videos import PickledVideo, read_pickled_index
 
-PROGRAMS: Mapping[str, str] = {"tecno": "TeCNO", "mstcn": "MS-TCN"}
+PROGRAMS: Mapping[str, str] = {"tecno": "TeCNO", "mstcn": "MS-TCN", "transsvnet": "Trans-SVNet"}
+BOUNDARIES = "train_val_paths_labels1.pkl"  # Trans-SVNet: paths, labels and frames per video of each part
+_PART = re.compile(r"g_LFB\d*_(?P<part>train|val|test)\d*\.pkl")  # Trans-SVNet: g_LFB50_train.pkl
 _RATE = re.compile(r"_(?P<fps>\d{1,4}(?:\.\d{1,6})?)fps$")  # TeCNO: video_1_25.0fps.pkl
 
 
 @dataclass(frozen=True)
 class FeatureFile:
-    """One video's file of features; `stem` is its name without the ending, and without a rate as TeCNO adds it."""
+    """One video's file of features; `stem` is its name without the ending, and without a rate as TeCNO adds it.
+
+    In a file of several videos, `rows` are this one's, and `pickled` has its labels and its part of the split.
+    """
 
     path: Path
     stem: str
     fps: float | None = None
+    rows: slice | None = None
+    pickled: PickledVideo | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +86,11 @@ def find_features(place: Path, layout: str | None = None) -> Found:
         if not files:
             raise UserError(f"{folder}: holds no .npy file")
         return Found(place, "mstcn", "npy", tuple(map(_file, files)))
+    parts = [path for path in _in_folder(place, SUFFIXES["tecno"]) if _PART.fullmatch(path.name)]
+    if layout == "transsvnet" or (layout is None and parts):
+        if not parts:
+            raise UserError(f"{place}: holds no g_LFB50_train.pkl, g_LFB50_val.pkl or g_LFB50_test.pkl")
+        return Found(place, "transsvnet", "lfb", tuple(map(_file, parts)))
     wanted = SUFFIXES if layout is None else {layout: SUFFIXES[layout]}
     held = {kind: _in_folder(place, endings) for kind, endings in wanted.items()}
     kinds = [kind for kind, paths in held.items() if paths]
@@ -104,6 +118,35 @@ def _file(path: Path) -> FeatureFile:
     return FeatureFile(path, path.stem[: rate.start()], float(rate["fps"])) if rate else FeatureFile(path, path.stem)
 
 
+def divided(found: Found, spec: DataSetSpec) -> Found:
+    """Return the files with one entry per video, for Trans-SVNet, whose files hold all videos of a part.
+
+    The pickle that says where videos begin is beside the files or in the folder above. Raises UserError if there is
+    none, or if it does not have as many frames as a file has rows.
+    """
+    if found.layout != "transsvnet":
+        return found
+    places = (found.root / BOUNDARIES, found.root.resolve().parent / BOUNDARIES)
+    where = next((path for path in places if path.is_file()), None)
+    if where is None:
+        raise UserError(f"{found.root}: {BOUNDARIES}, which says where each video begins, must be in it or beside it")
+    videos = read_pickled_index(where, spec)
+    files: dict[str, FeatureFile] = {}
+    for file in found.files:
+        part = _PART.fullmatch(file.path.name)
+        own = [video for video in videos if part and video.split == part["part"]]
+        with open_features(file.path, found.format) as content:
+            held, wanted = len(content.features), sum(len(video.phase) for video in own)
+        if held != wanted:
+            raise UserError(f"{file.path}: has {held} rows, but {where} lists {wanted} frames in {len(own)} videos")
+        ends = itertools.accumulate(len(video.phase) for video in own)
+        for video, end in zip(own, ends, strict=True):
+            rows = slice(end - len(video.phase), end)
+            if video.folder not in files or video.split == "test":  # the validation videos may be among those for test
+                files[video.folder] = FeatureFile(file.path, video.folder, None, rows, video)
+    return replace(found, files=tuple(files.values()))
+
+
 def ids_of_files(
     found: Found, spec: DataSetSpec, index: Index | None, names: Mapping[str, str]
 ) -> tuple[dict[str, FeatureFile], list[str]]:
@@ -125,7 +168,7 @@ def ids_of_files(
             continue
         video_id = known.get(id_key(video_id), video_id)
         if video_id in files:
-            raise UserError(f"{files[video_id].path} and {file.path}: both are features of {video_id}; keep one")
+            raise UserError(f"{files[video_id].path} and {file.path}: both have features of {video_id}; keep one")
         files[video_id] = file
     if not files:
         raise UserError(f"{found.root}: none of its files is named like a video of the index ({listed(strangers)})")

@@ -45,7 +45,7 @@ from features.video_labels import NO_LABEL, VideoLabels
 from interop.feature_files import mstcn
 from interop.feature_files.arrays import Content, open_features
 from interop.feature_files.export import EXPORT_FILE, read_export
-from interop.feature_files.found import PROGRAMS, FeatureFile, Found, find_features, ids_of_files
+from interop.feature_files.found import PROGRAMS, FeatureFile, Found, divided, find_features, ids_of_files
 from interop.feature_files.labels import LabelReader, Labels
 
 BLOCK_BYTES = 32 << 20
@@ -153,6 +153,7 @@ class _Job:
         elif request.labels == "index":
             raise UserError("--labels index: give the index with --index FILE")
         self.spec = self._described(config)
+        self.found = found = divided(found, self.spec)
         self.files, self.strangers = ids_of_files(found, self.spec, self.base, export.videos)
         if self.strangers:
             say(f"note: not imported, since the index has no such video: {listed(self.strangers, 10)}")
@@ -182,10 +183,10 @@ class _Job:
             for name, file in kept:
                 stop.raise_if_set()
                 frames = sampled_frames(self.base.entry(name), self.fps) if self.base is not None else None
-                with open_features(file.path, self.found.format, self.request.key) as content:
+                with open_features(file.path, self.found.format, self.request.key, file.rows) as content:
                     _require_values(content)
                     labels, dtype = self.reader.read(name, file, content), str(content.features.dtype)
-                    videos.append(_Video(name, file, sha256_ends(file.path), content.shape, dtype, labels, frames))
+                    videos.append(_Video(name, file, _identity(file), content.shape, dtype, labels, frames))
                 bar.update(1)
         if not videos:
             raise UserError(f"{self.found.root}: data.exclude leaves out all {len(self.files)} videos; keep some")
@@ -220,6 +221,9 @@ class _Job:
         if self.request.split is not None and (folder is None or asked is not None):
             why = "there are no bundles" if folder is None else f"data.split asks for {asked}"
             raise UserError(f"--split {self.request.split}: {why}; leave one of them out")
+        parts = {name: file.pickled.split for name, file in self.files.items() if file.pickled is not None}
+        if parts and asked is None:
+            return {name: parts[name] for name in ids}, {}
         if folder is None or asked is not None:
             ids = sorted(ids, key=natural_key)
             if problem := usual_split_problem(ids, self.spec, self.data.split):
@@ -330,6 +334,12 @@ def _rate(found: Found, request: Request, exported_fps: float | None) -> float:
     return float(rate)
 
 
+def _identity(file: FeatureFile) -> str:
+    """The hash of a file's ends or, in a file of several videos, of that and the video's rows."""
+    ends = sha256_ends(file.path)
+    return ends if file.rows is None else sha256_json([ends, file.rows.start, file.rows.stop])
+
+
 def _require_values(content: Content) -> None:
     if not all(content.shape):
         raise UserError(f"{content.path}: its features are empty ({'x'.join(map(str, content.shape))})")
@@ -353,7 +363,7 @@ def _axes(videos: Sequence[_Video], found: Found, request: Request, slack: int) 
     Raises UserError if that leaves both possible, or if files have different D.
     """
     same_dim = [axes for axes in ("TD", "DT") if len({video.shape[axes.index("D")] for video in videos}) == 1]
-    if request.axes is not None or found.format == "tecno":
+    if request.axes is not None or found.format in ("tecno", "lfb"):
         chosen = [request.axes or "TD"]
     else:
         off = {axes: max(_difference(video, axes, request.every) for video in videos) for axes in same_dim}
@@ -430,7 +440,7 @@ def _write(
         return state
     no_logits = np.full(labels.tools.shape, np.nan, np.float32)
     with (
-        open_features(video.file.path, job.found.format, job.request.key) as content,
+        open_features(video.file.path, job.found.format, job.request.key, video.file.rows) as content,
         write_features(
             path, encoder, source, labels.frame_index, labels.phase, labels.tools, attributes, labels.time_s
         ) as writer,

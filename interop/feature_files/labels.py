@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,8 @@ class LabelReader:
                 return Labels()
             phase, record = mstcn.read_truth(path, path.relative_to(self.found.root).as_posix(), self.spec)
             return Labels(phase, file=record)
+        if file.pickled is not None:
+            content = replace(content, labels=file.pickled.phase, tools=file.pickled.tools)
         return self._from_arrays(file, content)
 
     def _from_folder(self, path: Path) -> Labels:

@@ -863,6 +863,11 @@ PARSERS: dict[str, Parser] = {
     "older checkpoint": Parser("a.pth", _read_checkpoint, _legacy_seeds),
     "pickle": Parser("a.pkl", _plainly(_read_pickle), _pickle_seeds),
     "TeCNO pickle": Parser("video_1_25.0fps.pkl", _read_foreign("tecno"), _tecno_seeds),
+    "Trans-SVNet pickle": Parser(
+        "g_LFB50_test.pkl",
+        _read_foreign("lfb"),
+        lambda: [pickle.dumps(_foreign_features().astype(np.float64), protocol) for protocol in (2, 4)],
+    ),
     "NumPy features": Parser("video01.npy", _read_foreign("npy"), _numpy_seeds),
     "NumPy archive": Parser("video01.npz", _read_foreign("npz"), _archive_seeds, mend=mend_zip),
     "tensor features": Parser("video01.pt", _read_foreign("pt"), _tensor_seeds, mend=mend_zip),

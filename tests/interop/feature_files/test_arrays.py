@@ -86,7 +86,7 @@ class Runs:
         ([FEATURES, np.zeros(2, dtype="f4,i4"), np.arange(6)], "unknown type 'V8'"),
         ([FEATURES, FEATURES], "not a pickle of TeCNO"),
         ([FEATURES, FEATURES[:5], np.arange(6)], "not a pickle of TeCNO"),
-        (FEATURES, "divide it into one .npy file per video"),
+        (FEATURES, "import its folder with --format transsvnet"),
         ({"features": FEATURES}, "not a pickle of TeCNO"),
     ],
 )

@@ -138,6 +138,36 @@ def test_pickles_of_tecno_at_25_fps(tmp_path: Path, bring: Any, name: str) -> No
     assert "made at 25 rows per second" in refusal(bring, dataset="cholec80", fps=1.0)
 
 
+def test_files_of_all_videos_of_a_part(tmp_path: Path, bring: Any) -> None:
+    """Trans-SVNet: one array per part, and nine lists that say which rows are which video's."""
+    folder = tmp_path / "in/LFB"
+    folder.mkdir(parents=True)
+    lengths = {"train": {1: 5, 2: 7}, "val": {41: 4}, "test": {41: 4, 42: 6}}
+    paths, labels, counts, arrays_of = [], [], [], {}
+    for part, videos in lengths.items():
+        paths.append([f"/data/{number}/{number}-{k}.jpg" for number, frames in videos.items() for k in range(frames)])
+        labels.append([[0, 1, 0, 0, 0, 0, 0, k % 7] for frames in videos.values() for k in range(frames)])
+        counts.append(list(videos.values()))
+        arrays_of[part] = np.concatenate([values(frames, number) for number, frames in videos.items()])
+        (folder / f"g_LFB50_{part}.pkl").write_bytes(pickle.dumps(arrays_of[part].astype(np.float64)))
+    order = [paths[0], paths[1], labels[0], labels[1], counts[0], counts[1], paths[2], labels[2], counts[2]]
+    said = {"place": "in/LFB", "dataset": "cholec80", "fps": 1.0, "phase_order": "mtrcnet"}
+    assert "train_val_paths_labels1.pkl, which says where each video begins" in refusal(bring, **said)
+    (tmp_path / "in/train_val_paths_labels1.pkl").write_bytes(pickle.dumps(order))
+    assert "give their order with --phase-order" in refusal(bring, **said | {"phase_order": None})
+    assert bring(**said).done == ["video01", "video02", "video41", "video42"]
+    index = Index.load(tmp_path / "out/index.json")
+    assert [entry.split for entry in index.videos] == ["train", "train", "test", "test"]
+    for number, frames in {1: 5, 2: 7, 41: 4, 42: 6}.items():
+        found = read_features(tmp_path / f"out/video{number:02d}.h5")
+        assert np.array_equal(np.asarray(found.features), values(frames, number))
+        assert found.phase.tolist() == [k % 7 for k in range(frames)]
+        assert found.tools.tolist() == [[0, 1, 0, 0, 0, 0, 0]] * frames
+    assert bring(**said).skipped == ["video01", "video02", "video41", "video42"]
+    (folder / "g_LFB50_val.pkl").write_bytes(pickle.dumps(arrays_of["val"][:3]))
+    assert "has 3 rows, but" in refusal(bring, **said)
+
+
 def test_the_rate_and_the_classes_are_never_assumed(tmp_path: Path, bring: Any) -> None:
     tecno(tmp_path / "in", "video01.pkl", 60)
     assert "give the rows per second with --fps RATE" in refusal(bring, dataset="cholec80")
@@ -254,7 +284,7 @@ def test_ids_follow_the_description(tmp_path: Path, bring: Any) -> None:
         {"id": "other.v2", "reason": "excluded: another hospital", "split": "none", "excluded": True}
     ]
     arrays(tmp_path / "in", {"video_01": (5, 2)})
-    assert "both are features of video01" in refusal(bring, dataset="cholec80", fps=1.0)
+    assert "both have features of video01" in refusal(bring, dataset="cholec80", fps=1.0)
 
 
 def test_labels_in_a_folder_of_text_files(tmp_path: Path, bring: Any) -> None:
