@@ -347,7 +347,8 @@ class _Video:
             predicted_intervals(one.phase, one.probabilities, edges_s, classes, annotator, name)
             for one, (name, classes) in zip(predictions, tracks.items(), strict=True)
         ]
-        return VideoAnnotations(entry.id, tuple(chain.from_iterable(found)), entry.fps, entry.source)
+        media = str(inside(self._dataset.root, entry.source)) if entry.kind == "video" else None
+        return VideoAnnotations(entry.id, tuple(chain.from_iterable(found)), entry.fps, media)
 
     def _write(self) -> None:
         spec = self._recogniser.spec

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from configs.load import load_dataset
+from features.annotation_files.eaf import read_eaf
 from features.store import read_features
 from tests.cli import run, succeed
 
@@ -97,6 +98,23 @@ def test_new_videos_get_the_same_predictions_frame_by_frame(place: Path) -> None
     intervals = (place / "runs/two/predict/video04.intervals.csv").read_text()
     assert {line.split(",")[1] for line in intervals.splitlines()[1:]} == {"phase", "steps"}
     assert "1 unchanged" in succeed(["predict", *NAMED, "videos/videos/video04.mp4"], place)
+
+
+def test_labels_of_both_tracks_are_reviewed(place: Path) -> None:
+    words = ["annotations", "review", "two", "--min-confidence", "0", "--as", "eaf", "--as", "labelstudio"]
+    succeed(words, place)
+    out = place / "runs/two/evaluate/test/review"
+    lines = (out / "review.csv").read_text().splitlines()
+    found = {line.split(",")[1] for line in lines[1:]}
+    assert found
+    assert found <= {"phase", "steps"}
+    config = (out / "labelstudio.xml").read_text()
+    assert [name for name in ("phase", "steps", "model", "model steps") if f'name="{name}"' in config] == [
+        "phase", "steps", "model", "model steps",
+    ]  # fmt: skip
+    [file, *_] = sorted(out.glob("*.eaf"))
+    [video] = read_eaf(file.read_bytes(), file).videos
+    assert {"phase", "steps"} <= {one.track for one in video.intervals} <= {"phase", "steps", "model", "model steps"}
 
 
 def test_report_and_comparison_of_steps(place: Path) -> None:

@@ -51,7 +51,14 @@ def test_doubt_is_the_margin_added_up_over_time() -> None:
         (1, {1: 1.0}),
     ]
     first, second = doubts("v", prediction(rows), truth_of([0, 0, 0, 1, 2, -1]))
-    assert (first.start_s, first.end_s, first.frame, first.label, first.predicted) == (1, 3, 25, PREPARATION, CALOT)
+    assert (first.track, first.start_s, first.end_s, first.frame, first.label, first.predicted) == (
+        "phase",
+        1,
+        3,
+        25,
+        PREPARATION,
+        CALOT,
+    )
     assert (first.p_label, first.p_predicted, first.doubt_s) == (0.3, 0.7, pytest.approx(0.8))
     assert (second.start_s, second.end_s, second.label, second.predicted) == (3, 4, CALOT, CLIPPING)
     assert second.doubt_s == 1
