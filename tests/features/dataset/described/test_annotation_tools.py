@@ -79,6 +79,27 @@ def test_one_of_two_annotators_can_be_chosen(data: st.DataObject) -> None:
             assert read_back(text.encode(), f"video01.{kind}", film, format=kind, where=where) == labels
 
 
+def test_tools_may_be_visible_together() -> None:
+    found = [Interval("tools", "Hook", 0, 2), Interval("tools", "Grasper", 1, 3), Interval("phase", "Closure", 0, 4)]
+    text = eaf_text(VideoAnnotations("video01", tuple(found)), Losses())
+    assert 'TIER_ID="tools (2)"' in text
+    source = LabelSource.model_validate({"files": r"(?P<id>x)", "format": "eaf", "where": {"track": "tools"}})
+    patterns = FilePatterns(video=r"video(?P<id>\d+)\.{video}", frames=r"video(?P<id>\d+)")
+    fields = {
+        "name": "own",
+        "annotation_fps": 25,
+        "phases": CLASSES,
+        "tools": ("Grasper", "Hook"),
+        "patterns": patterns,
+    }
+    spec = DataSetSpec.model_validate(fields | {"labels": {"tools": source}})
+    [records] = records_by_video(text.encode(), Path("video01.eaf"), source, spec).values()
+    track = parse_described(records, Path("video01.eaf"), source, "tool", spec)
+    assert isinstance(track, TimedLabels)
+    placed = track.place(Path("video01.eaf"), Extent("video01.mp4", 4, 1.0, 1.0))
+    assert placed.labels.tolist() == [[0, 1], [1, 1], [1, 0], [0, 0]]
+
+
 def test_units_that_a_format_does_not_have_are_refused() -> None:
     film = Film((0, 1), 2, True)  # type: ignore[arg-type]
     video = annotated([0, 1], film)
