@@ -26,6 +26,7 @@ import numpy as np
 from configs.errors import UserError
 from configs.load import load_ablation, load_config, load_dataset, load_mapping
 from configs.schema import CacheConfig, PreprocessConfig
+from tests.fuzz import described
 
 Read = Callable[[Path], object]
 SPEC = load_dataset("cholec80")
@@ -798,6 +799,27 @@ PARSERS: dict[str, Parser] = {
         partial(_tool_file_seeds, "csv"),
         _TABLE_WORDS,
         (",", "\n", '"', ";"),
+    ),
+    "labels, table": Parser(
+        "case_1.txt",
+        _plainly(described.read_labels(described.TABLES)),
+        described.table_seeds,
+        described.TABLE_WORDS,
+        ("\t", "\n", ",", ";", " ", '"', "|"),
+    ),
+    "labels, JSON": Parser(
+        "case_1.json",
+        _plainly(described.read_labels(described.TREES, format="json")),
+        described.tree_seeds,
+        described.TREE_WORDS,
+        _JSON_MARKS,
+    ),
+    "description of labels": Parser(
+        "set.yaml",
+        described.read_description,
+        lambda: list(described.description_seeds()),
+        described.DESCRIPTION_WORDS,
+        _YAML_MARKS,
     ),
     "index": Parser("index.json", _read_index, _index_seeds, _JSON_WORDS, _JSON_MARKS),
     "settings": Parser(
