@@ -168,6 +168,23 @@ def test_changed_steps_are_extracted_again_without_the_features(place: Path) -> 
         succeed(["extract", *NAMED], place)
 
 
+def test_exported_features_have_the_steps_and_imported_ones_those_of_the_index(place: Path) -> None:
+    note = "mstcn holds labels of the phases only, so those of steps are left out"
+    options = ["--to", "mstcn", "--unlabelled", "none"]
+    assert note in " ".join(succeed(["features", "export", str(features(place)), "mstcn", *options], place).split())
+    succeed(["features", "export", str(features(place)), "npz", "--to", "npz"], place)
+    ours = read_features(features(place) / "video01.h5")
+    with np.load(place / "npz/video01.npz") as archive:
+        assert archive["track_steps"].tolist() == ours.tracks["steps"].tolist()
+        assert archive["track_steps_names"].tolist() == STEPS
+    indexed = ["--config", "tiny.yaml", "--fps", "1", "--index", "index.json", "--labels", "index"]
+    succeed(["features", "import", "npz", "--out", "imported", *indexed], place)
+    theirs = read_features(place / "imported/video01.h5")
+    assert theirs.tracks["steps"].tolist() == ours.tracks["steps"].tolist()
+    assert theirs.attributes["tracks"] == ours.attributes["tracks"]
+    succeed(["train-temporal", "--config", "tiny.yaml", "--name", "imported", *BOTH, "--features", "imported"], place)
+
+
 def test_nets_of_the_phases_alone_are_refused_in_one_line(place: Path) -> None:
     joint = run(["train-joint", *NAMED, *BOTH], place)
     assert "data.tracks=phases, steps: the joint net recognises the phases only" in joint.stderr.splitlines()[-1]

@@ -73,6 +73,9 @@ def export_features(
             write(name, video)
             bar.update(1)
     write.finish()
+    if index.dataset.tracks and layout == "mstcn":
+        others = " and ".join(index.dataset.tracks)
+        say(f"note: {layout} holds labels of the phases only, so those of {others} are left out; --to npz has them")
     about = {
         "layout": layout,
         "fps": float(attributes["fps"]),
@@ -103,6 +106,8 @@ class _Archives:
             "phase_names": np.array(spec.phases),
             "tool_names": np.array(spec.tools, dtype=np.str_),
         }
+        for track, labels in video.tracks.items():
+            arrays |= {f"track_{track}": labels, f"track_{track}_names": np.array(spec.tracks[track].classes)}
         _save(self.out / f"{self.stems[name]}.npz", lambda stream: np.savez(stream, **arrays))
 
     def finish(self) -> None:

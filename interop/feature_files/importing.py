@@ -267,6 +267,7 @@ class _Job:
             frame_times_s(entry, frames),
             np.full(length, NO_LABEL, np.int8) if video.labels.phase is None else video.labels.phase[rows],
             np.full((length, tools), NO_LABEL, np.int8) if video.labels.tools is None else video.labels.tools[rows],
+            tracks={name: np.full(length, NO_LABEL, np.int8) for name in self.spec.tracks},
         )
 
     def encoder(self, videos: Sequence[_Video], axes: str) -> EncoderSpec:
@@ -303,11 +304,14 @@ class _Job:
     def attributes(self, video: _Video, labels: VideoLabels) -> dict[str, Any]:
         """The attributes of a feature file besides its encoder and source."""
         about = {"file": video.file.path.name, "dtype": video.dtype, "labels": self.reader.source}
-        digest = sha256_json([labels.phase.tolist(), labels.tools.tolist(), self.spec.phases, self.spec.tools])
+        tracks = {name: track.classes for name, track in self.spec.tracks.items()}
+        others = [tracks, *(labels.tracks[name].tolist() for name in tracks)] if tracks else []
+        digest = sha256_json([labels.phase.tolist(), labels.tools.tolist(), self.spec.phases, self.spec.tools, *others])
         return {
             "dataset": self.spec.name,
             "phases": json.dumps(self.spec.phases),
             "tools": json.dumps(self.spec.tools),
+            **({"tracks": json.dumps(tracks)} if tracks else {}),
             "tools_between_rows": self.data.tools_between_rows,
             "labels_sha256": digest,
             "reader": IMPORTED,
@@ -436,13 +440,21 @@ def _write(
     if state != "done":
         bar.update(len(labels.frame_index))
         if state == "relabelled":
-            rewrite_labels(path, labels.phase, labels.tools, attributes)
+            rewrite_labels(path, labels.phase, labels.tools, attributes, labels.tracks)
         return state
     no_logits = np.full(labels.tools.shape, np.nan, np.float32)
     with (
         open_features(video.file.path, job.found.format, job.request.key, video.file.rows) as content,
         write_features(
-            path, encoder, source, labels.frame_index, labels.phase, labels.tools, attributes, labels.time_s
+            path,
+            encoder,
+            source,
+            labels.frame_index,
+            labels.phase,
+            labels.tools,
+            attributes,
+            labels.time_s,
+            labels.tracks,
         ) as writer,
     ):
         size = max(1, BLOCK_BYTES // (4 * encoder.embedding_dim))
