@@ -21,7 +21,7 @@ from features.dataset.labels import sampled_labels
 from features.dataset.splits import PARTS, assign_splits
 from features.ids import numbered_id
 from tests.cli import run
-from tests.shipped_sets import WRITERS, make
+from tests.shipped_sets import WRITERS, make, text, video
 
 NAMES = dataset_names()
 
@@ -124,6 +124,23 @@ def test_splits_name_the_published_videos() -> None:
         assert sorted(one for fold in folds for one in fold) == sorted(IDS[name])
     sar = assign_splits(IDS["sar-rarp50"], load_dataset("sar-rarp50"), SplitConfig())
     assert [one for one, part in sar.items() if part == "none"] == ["video_14"]
+
+
+@pytest.mark.parametrize(("name", "sizes"), [("autolaparo", (10, 4, 7)), ("cataract-101", (51, 10, 40))])
+def test_a_copy_of_full_size_is_split_as_published(name: str, sizes: tuple[int, int, int], tmp_path: Path) -> None:
+    lines = ["VideoID;FrameNo;Phase"]
+    for video_id in IDS[name]:
+        video(tmp_path / f"videos/{video_id}.mp4", fps=2)
+        rows = [f"{second}\t{1 + second // 3}" for second in range(1, 6)]
+        if name == "autolaparo":
+            text(tmp_path / f"labels/label_{video_id}.txt", ["Frame\tPhase", *rows])
+        lines.append(f"{video_id.removeprefix('case_')};0;3")
+    if name == "cataract-101":
+        text(tmp_path / "annotations.csv", lines)
+    index = build_index(tmp_path, load_dataset(name), DataConfig())
+    assert [entry.id for entry in index.videos] == IDS[name]
+    assert all(entry.phase_file for entry in index.videos)
+    assert tuple(len(index.by_split(part)) for part in PARTS) == sizes
 
 
 @pytest.mark.parametrize(
