@@ -459,11 +459,18 @@ def test_a_damaged_part_is_named_and_its_neighbours_can_be_read(root: Path) -> N
             list(reader.read(range(60)))
 
 
-@pytest.mark.parametrize("damage", ["empty", "cut", "link", "text"])
+@pytest.mark.parametrize("damage", ["empty", "cut", "link", "text", "no frames"])
 def test_a_part_that_is_no_video_leaves_the_whole_recording_out(root: Path, damage: str) -> None:
+    import av
+
     part = root / NAMES[2]
     if damage == "cut":
         truncate(part, 0.6)
+    elif damage == "no frames":
+        with av.open(str(part), "w") as output:
+            stream = output.add_stream("mpeg4", rate=25)
+            stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+            output.start_encoding()
     elif damage == "link":
         outside = root.parent / f"{root.name}-outside.mp4"
         shutil.move(part, outside)
