@@ -71,7 +71,7 @@ def test_frames_survive_the_milliseconds_of_the_other_formats(fps: float) -> Non
                         }
                     ]
                 }
-                for frame in range(0, 20000, 7)
+                for frame in range(0, 20000, 49)
             ],
         }
     ]
@@ -79,7 +79,7 @@ def test_frames_survive_the_milliseconds_of_the_other_formats(fps: float) -> Non
     [from_csv] = through_csv(video, Losses()).videos
     [back] = label_studio_tasks([from_csv], lambda name: fps, Losses())
     ranges = [one["value"]["ranges"][0] for one in back["annotations"][0]["result"]]
-    assert ranges == [{"start": frame + 1, "end": frame + 7} for frame in range(0, 20000, 7)]
+    assert ranges == [{"start": frame + 1, "end": frame + 7} for frame in range(0, 20000, 49)]
 
 
 def test_what_a_format_cannot_hold_is_noted() -> None:
