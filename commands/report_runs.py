@@ -15,7 +15,10 @@ from configs.errors import UserError
 from configs.load import load_config
 from configs.schema import Config
 from engine.progress import say
+from evaluation.comparison import DEFAULT_CONVENTION
+from evaluation.matrix import MatrixPlace, make_matrix
 from evaluation.reports.gather import Disagreement, Report, Thumbnail, disagreements, find_run, gather
+from evaluation.reports.matrix import matrix_tables
 from features.dataset.catalogue import data_root
 from features.dataset.index import Dataset, Index
 from features.store_folder import INDEX_FILE, find_feature_folder
@@ -42,6 +45,7 @@ def report_runs(
 
     runs = [find_run(run) for run in runs]
     report = gather(runs, split)
+    report = with_other_data_sets(report, runs, split)
     report = with_thumbnails(report, runs[0]) if thumbnails else report
     out = out or runs[0] / REPORT_FILE
     write_report(out, report)
@@ -53,6 +57,21 @@ def report_runs(
         say(f"note: {report.thumbnails_note}")
     say(f"report: {out} ({out.stat().st_size / 1e6:.1f} MB, opens in any browser, needs no network)")
     return out
+
+
+def with_other_data_sets(report: Report, runs: Sequence[Path], split: str) -> Report:
+    """Add tables of training sets against test sets to the report, if a run was evaluated on several data sets."""
+    evaluation = report.runs[0].evaluation
+    mapping = (evaluation.mapping or {}).get("name")
+    place = MatrixPlace(Path(), evaluation.split, mapping, allow_overlap=True)
+    if place.folder != split or not report.runs[0].phases:
+        return report
+    try:
+        matrix = make_matrix([str(run) for run in runs], place, DEFAULT_CONVENTION)
+    except UserError as error:
+        say(f"note: no table across data sets: {error}")
+        return report
+    return dataclasses.replace(report, across=matrix_tables(matrix)) if len(matrix.tested_on) > 1 else report
 
 
 def with_thumbnails(report: Report, run: Path) -> Report:

@@ -79,21 +79,18 @@ def evaluate_run(
     if about.encoder:
         require_features_of(about.encoder, config, given, temporal / BEST_FILE)
     out = run / "evaluate" / folder_name(split, inference, index_file, *([mapping.stem] if mapping else []))
+    if mapping and not about.tool_inputs:
+        config = config.model_copy(update={"extract": config.extract.model_copy(update={"tool_head": False})})
+    allow = config.data.allow_overlap
     if index_file is None:
         folder, index = _own_features(config, run, features, given)
-        require_separate_split(temporal, index, split, config.data.allow_overlap, own=True)
+        require_separate_split(temporal, index, split, allow, own=True)
     else:
-        if features is None:
-            require_extracted(about.encoder.get("preprocess") if about.encoder else None, str(temporal / BEST_FILE))
-        require_separate_split(temporal, _index_in(index_file), split, config.data.allow_overlap, own=False)
-        if mapping and not about.tool_inputs:
-            config = config.model_copy(update={"extract": config.extract.model_copy(update={"tool_head": False})})
-        folder, index = _other_features(config, run, index_file, out / "features", features, stop)
+        require_separate_split(temporal, _index_in(index_file), split, allow, own=False)
+        folder, index = _other_features(config, run, index_file, out / "features", features, stop, about)
     common = PhaseMapping.read(mapping, about.dataset, about.phases, index) if mapping else None
     videos = _load(folder, index, split)
-    if common is None:
-        _require_same_tracks(about, folder, index, videos, temporal)
-    _require_compatible(about, folder, index, videos, temporal)
+    _require_compatible(about, folder, index, videos, temporal, same_classes=common is None)
     say_left_out(index)
 
     majority, thresholds = recorded_majority(temporal / RESULT_FILE, required=True), _thresholds(folder, index)
@@ -163,7 +160,13 @@ def _encoder(videos: Mapping[str, VideoFeatures]) -> dict[str, Any]:
 
 
 def _other_features(
-    config: Config, run: Path, index_file: Path, out: Path, features: Path | None, stop: StopRequest
+    config: Config,
+    run: Path,
+    index_file: Path,
+    out: Path,
+    features: Path | None,
+    stop: StopRequest,
+    about: TemporalAbout,
 ) -> tuple[Path, Index]:
     """The feature folder for another index, and this index; the run's encoder extracts missing features."""
     from features.dataset.catalogue import open_dataset
@@ -171,6 +174,7 @@ def _other_features(
 
     if features is not None:
         return features, with_recorded_faults(_index_in(index_file), features)
+    require_extracted((about.encoder or {}).get("preprocess"), str(run / TEMPORAL_FOLDER / BEST_FILE))
     data = config.data.model_copy(update={"index": index_file})
     other = config.model_copy(update={"data": data})
     report = extract(other, run, open_dataset(other), folder=out, stop=stop)
@@ -196,9 +200,20 @@ def _require_same_tracks(
 
 
 def _require_compatible(
-    about: TemporalAbout, folder: Path, index: Index, videos: Mapping[str, VideoFeatures], temporal: Path
+    about: TemporalAbout,
+    folder: Path,
+    index: Index,
+    videos: Mapping[str, VideoFeatures],
+    temporal: Path,
+    *,
+    same_classes: bool,
 ) -> None:
-    """Raise UserError unless the features have the tools that are inputs, and the encoder of the model's training."""
+    """Raise UserError unless the features have the encoder of the model's training, and the tools that are inputs.
+
+    With `same_classes`, every track must have the classes of the training.
+    """
+    if same_classes:
+        _require_same_tracks(about, folder, index, videos, temporal)
     if about.tool_inputs:
         require_same_classes(temporal, "tools", about.tool_inputs, index.dataset.tools, folder / INDEX_FILE)
     found = _encoder(videos)["digest"]  # `load_feature_set` has checked that all videos have the same

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import yaml
 
+from configs.load import load_dataset
 from engine.checkpoints import load_checkpoint
 from engine.logs import read_metrics
 from engine.safe_pickle import load_plain
@@ -288,6 +289,18 @@ def test_evaluate_on_another_index_extracts_what_is_missing(workplace: Path, vid
     assert "metrics.json" in output
     summary = json.loads((workplace / "runs/tiny/summary.json").read_text())
     assert summary["test_videos"] == 1
+    # the same videos, described with the phases in another order and without tools
+    spec = load_dataset("simulated").model_dump(mode="json", exclude={"tools", "tool_aliases", "phase_orders"})
+    (workplace / "clinic.yaml").write_text(yaml.safe_dump({**spec, "name": "clinic", "phases": spec["phases"][::-1]}))
+    data += ["--set", "data.dataset=clinic.yaml"]
+    succeed(["index", "--config", "tiny.yaml", *data, "--out", "clinic.json"], workplace)
+    mapped = ["--index", "clinic.json", "--mapping", "cholecystectomy"]
+    succeed(["evaluate", "--config", "tiny.yaml", *data, *mapped], workplace)
+    again = json.loads((workplace / "runs/tiny/evaluate/clinic-test-cholecystectomy/metrics.json").read_text())
+    assert again["phases"]["temporal"]["pooled"]["accuracy"] == metrics["phases"]["temporal"]["pooled"]["accuracy"]
+    assert again["tools"] is None
+    (found,) = (workplace / "runs/tiny/evaluate/clinic-test-cholecystectomy/features").glob("trained_on.json")
+    assert list(json.loads(found.read_text())["data"][0]["videos"]) == ["video01", "video02", "video03", "video04"]
 
 
 def kill_during(arguments: Sequence[str], folder: Path, ready: Path, number: int) -> int:
@@ -419,6 +432,17 @@ def test_the_joint_mode_from_two_stages_and_back(workplace: Path) -> None:
     assert 0 < summary["tool_map"] <= 1
     assert 0 < summary["phase_accuracy_temporal"] <= 1
     succeed(["evaluate", *settings, "--name", "both", "--inference", "carried"], workplace)
+    succeed(["evaluate", *settings, "--name", "both", "--mapping", "cholecystectomy"], workplace)
+    scored = [
+        json.loads((workplace / f"runs/both/evaluate/{name}/metrics.json").read_text())
+        for name in ("test", "test-cholecystectomy")
+    ]
+    assert scored[0]["phases"]["temporal"] == scored[1]["phases"]["temporal"]
+    assert scored[1]["tools"] is None
+    assert [
+        one["dataset"]
+        for one in json.loads((workplace / "runs/both/joint/multitask/trained_on.json").read_text())["data"]
+    ] == ["cholec80"]
     succeed(["evaluate", "--config", "tiny.yaml", "--name", "tiny", "--inference", "clip"], workplace)
     succeed(["extract", *settings, "--name", "again", "--from-joint", "both"], workplace)
     succeed(["train-temporal", *settings, "--name", "again", "--from-joint", "both"], workplace)

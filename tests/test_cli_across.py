@@ -51,6 +51,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def shown_cell(interval: dict[str, float]) -> str:
+    return f"{interval['mean']:.1f} [{interval['low']:.1f}, {interval['high']:.1f}]"
+
+
 def evaluate(place: Path, trained: str, tested: str, *more: str) -> str:
     words = ["evaluate", "--config", "own.yaml", "--name", f"on-{trained}", "--features", tested]
     index = [] if trained == tested else ["--index", f"{tested}/index.json"]
@@ -91,6 +95,10 @@ def test_the_matrix_of_two_data_sets(place: Path) -> None:
     page = (place / "m.html").read_text()
     assert page.count('class="own"') == 4
     assert "first: on-first" in page
+    succeed(["report", "on-first", "--split", "test-common", "--no-thumbnails"], place)
+    report = (place / "runs/on-first/report.html").read_text()
+    assert '<section id="across">' in report
+    assert "<td>" + shown_cell(found["rows"][0]["cells"]["second"]["metrics"]["f1"]) in report
     for mapping in ([], ["--mapping", "cataract"]):
         done = run(["compare", "--matrix", "on-first", *mapping], place)
         assert done.returncode == 2

@@ -29,6 +29,7 @@ from evaluation.metrics.statistics import Intervals, bootstrap_intervals
 from evaluation.reports.ablation import ABLATION_PAGE
 from evaluation.reports.paper_figures import sample_edges_s
 from evaluation.reports.summary import settings_behind
+from evaluation.reports.tables import ResultTable
 from features.ids import file_stem
 from features.run_lengths import runs
 
@@ -129,12 +130,13 @@ class Thumbnail:
 
 @dataclass(frozen=True)
 class Report:
-    """The content of the page: runs, videos from worst to best, frames, and a note about the frames."""
+    """The content of the page: runs, videos from worst to best, frames, a note about the frames, and tables."""
 
     runs: list[RunResults]
     videos: list[str]
     thumbnails: list[Thumbnail] = field(default_factory=list)
     thumbnails_note: str = ""
+    across: Sequence[ResultTable] = ()  # training sets against test sets, if a run was evaluated on other data sets
 
     @property
     def truth(self) -> Truth:
