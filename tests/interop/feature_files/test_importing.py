@@ -16,6 +16,7 @@ from configs.load import load_config
 from engine.stopping import StopRequest, watch_signals
 from features.dataset.index import Index
 from features.store import read_features
+from interop.feature_files.export import export_features
 from interop.feature_files.importing import ImportReport, Request, import_features
 
 DIM = 4
@@ -297,6 +298,18 @@ def test_labels_in_a_folder_of_text_files(tmp_path: Path, bring: Any) -> None:
     assert read_features(tmp_path / "out/video02.h5").phase.tolist() == [2] * 6
     assert "not numbers of phases" in refusal(bring, dataset="cholec80", fps=1.0, labels="none", phase_order="mtrcnet")
     assert "--labels index: give the index" in refusal(bring, dataset="cholec80", fps=1.0, labels="index")
+
+
+def test_additional_tracks_without_labels(tmp_path: Path, bring: Any, stop: StopRequest) -> None:
+    arrays(tmp_path / "in", {"SBP01": (5, 2), "SBP02": (6, 2)})
+    bring(dataset="strasbypass70", fps=1.0, labels="none")
+    (path, _) = sorted((tmp_path / "out").glob("*.h5"))
+    found = read_features(path)
+    assert {name: track.tolist() for name, track in found.tracks.items()} == {"steps": [-1] * 5}
+    export_features(tmp_path / "out", tmp_path / "npz", "npz", unlabelled=None, replace=False, stop=stop)
+    with np.load(tmp_path / "npz" / f"{path.stem}.npz", allow_pickle=False) as archive:
+        assert archive["track_steps"].tolist() == [-1] * 5
+        assert len(archive["track_steps_names"]) > 40
 
 
 def test_places_without_features(tmp_path: Path, bring: Any) -> None:
