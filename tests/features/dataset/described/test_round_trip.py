@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +25,7 @@ from tests.features.dataset.described.annotators import (
     Film,
     Numbering,
     Record,
+    Spelling,
     Written,
     files,
     films,
@@ -199,3 +202,68 @@ def test_intervals(root: Path, data: st.DataObject) -> None:
     options |= {**numbering.options, **spelling.options, **({"gaps": gaps} if gaps else {})}
     expected = [CLASSES.index(gaps) if gaps and label < 0 else label for label in spread(film, numbering, truth)]
     assert phases(root, written, options, film) == expected
+
+
+def tool_cells(kind: str, shown: Sequence[int], spelling: Spelling) -> list[Record]:
+    """Return the fields of the records that say which tools (K,) a sample shows, 0 or 1 each."""
+    names = [spelling.names[tool] for tool in range(len(TOOLS)) if shown[tool]]
+    if kind == "columns":
+        return [dict(zip(TOOLS, shown, strict=True))]
+    if kind == "other columns":
+        return [{f"c{tool}": str(one) for tool, one in enumerate(shown)}]
+    if kind == "separator":
+        return [{"label": " | ".join(map(str, names))}]
+    if kind == "list":
+        return [{"label": json.dumps(names)}]
+    if kind == "slots":
+        return [{f"slot{at}": names[at] if at < len(names) else spelling.none for at in range(len(TOOLS))}]
+    return [{"label": name} for name in names] or [{"label": spelling.none}]
+
+
+TOOL_OPTIONS: dict[str, dict[str, Any]] = {
+    "columns": {},
+    "other columns": {"columns": {"label": [f"c{tool}" for tool in range(len(TOOLS))]}},
+    "separator": {"separator": "|"},
+    "list": {},
+    "slots": {"columns": {"labels": [f"slot{at}" for at in range(len(TOOLS))]}},
+    "records": {},
+}
+
+
+@ALWAYS
+@given(data=st.data())
+def test_tools(root: Path, data: st.DataObject) -> None:
+    film = data.draw(films())
+    numbering, spelling = data.draw(numberings(film)), data.draw(spellings(TOOLS))
+    by_tool = [data.draw(labels_of(film.count)) for _ in TOOLS]
+    present = [[int(labels[shown] > 0) for labels in by_tool] for shown in numbering.shown]
+    kind = data.draw(st.sampled_from([*TOOL_OPTIONS, "intervals"]))
+    expected = np.array([spread(film, numbering, column) for column in zip(*present, strict=True)]).T
+    options: dict[str, Any] = {**numbering.options}
+    if kind == "intervals":
+        records = [
+            {"start": numbering.written[a], "end": numbering.written[b], "label": spelling.names[tool]}
+            for tool in range(len(TOOLS))
+            for a, b, is_shown in runs_of([row[tool] for row in present])
+            if is_shown
+        ]
+        options |= {"form": "intervals", **spelling.options}
+        used = [number for one in records for number in (one["start"], one["end"])]
+    else:
+        records = [
+            {"start": numbering.written[at], **cells}
+            for at, shown in enumerate(present)
+            for cells in tool_cells(kind, shown, spelling)
+        ]
+        options |= TOOL_OPTIONS[kind] | ({} if "columns" in kind else spelling.options)
+        used = [one["start"] for one in records]
+    assume(records and is_exact(numbering, used))
+    written = data.draw(files(records, records[1:]))
+    given = options.pop("columns", {})
+    assume(all(isinstance(column, str) for column in written.columns.values()) or (kind not in ("columns",)))
+    for key, columns in given.items():
+        given = {key: [written.columns.pop(column) for column in columns]}
+    columns = {key: column for key, column in written.columns.items() if key in ("video", "start", "end", "label")}
+    fitted = read_back(root, dataclasses.replace(written, columns=columns | given), options, film, "tool")
+    found = sample_labels(np.arange(film.count), None, fitted.tools, "hold", len(TOOLS))[1]
+    assert found.tolist() == expected.tolist()
