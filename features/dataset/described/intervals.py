@@ -127,10 +127,20 @@ class TimedRows:
     def place(self, path: Path, extent: Extent) -> LabelTrack:
         """Return the rows numbered by the video's frames; `path` is for messages."""
         starts, step = self.scale.rows(self.start, extent), self._step()
-        step_s = step / (self.scale.per_s or extent.fps)
-        spans = self.scale.rows(self.start + step, extent) - starts
-        stride = max(int(spans.max()), 1) if step_s * extent.fps > _COARSE_FRAMES else 1
-        return LabelTrack(starts, self.labels, stride, self.places)
+        if step / (self.scale.per_s or extent.fps) * extent.fps <= _COARSE_FRAMES:
+            return LabelTrack(starts, self.labels, 1, self.places)
+        ends = self.scale.rows(self.start + step, extent)
+        stride = max(int((ends - starts).max()), 1)
+        # Rows have different numbers of frames. Where the next one is missing, a row without a label ends the last.
+        is_missing = ends < np.append(starts[1:], extent.frame_count - stride)
+        gaps = ends[is_missing & (np.ptp(ends - starts) > 0)]
+        if not len(gaps):
+            return LabelTrack(starts, self.labels, stride, self.places)
+        order = np.argsort(np.append(starts, gaps), kind="stable")
+        none = np.full((len(gaps), *self.labels.shape[1:]), -1, dtype=np.int8)
+        places = [self.places[at] if at < len(starts) else "a missing row" for at in order.tolist()]
+        labels = np.concatenate([self.labels, none])[order]
+        return LabelTrack(np.append(starts, gaps)[order], labels, stride, places)
 
     def _step(self) -> float:
         """Return the usual distance of rows in the file's unit."""

@@ -109,7 +109,8 @@ def test_rows(root: Path, data: st.DataObject) -> None:
     labels = [frame_labels[shown] for shown in numbering.shown]
     kept = list(range(len(labels)))
     distances = set(np.diff(numbering.shown).tolist())
-    if len(distances) == 1 and data.draw(st.booleans()):
+    is_timed = numbering.options["unit"] not in ("source", "sample")
+    if (len(distances) == 1 or is_timed) and data.draw(st.booleans()):
         kept = [at for at in kept if labels[at] >= 0]
         assume(sum(after - before == 1 for before, after in itertools.pairwise(kept)) > len(kept) / 2)
     records = [
