@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,7 +74,8 @@ def _section(report: Report, name: str, track: str) -> ConventionSection:
     known = next(head[name] for run in report.runs for head in run.phases.values())
     segments = "Segments" if track == MAIN_TRACK else f"{track_title(track)}: segments"
     title, corner = (f"{track_title(track)} over all", "Metric") if known.of_frames else (segments, "Score")
-    tables = [_overall(report, name, title, corner)]
+    titles = HEAD_TITLES if track == MAIN_TRACK else {**HEAD_TITLES, "majority": "Most frequent class"}
+    tables = [_overall(report, name, title, corner, titles)]
     if known.of_frames and any(HEAD in run.phases for run in report.runs):
         tables.append(_per_phase(report, name, "Phase" if track == MAIN_TRACK else f"Class of {track}"))
     return ConventionSection(known.about.title, _about(known.about), tables)
@@ -99,7 +100,7 @@ def _counts(about: PhaseAbout | ToolAbout, frames: str = "") -> str:
     return f"{videos} of split {about.split}{frames} {rate}; {seeds} per run. Percent."
 
 
-def _overall(report: Report, convention: str, title: str, corner: str) -> ResultTable:
+def _overall(report: Report, convention: str, title: str, corner: str, head_titles: Mapping[str, str]) -> ResultTable:
     """Return a table with one column per head, grouped by run."""
     heads = [(run, head) for run in report.runs for head in run.phases or [HEAD]]
     results = [run.phases.get(head, {}).get(convention) for run, head in heads]
@@ -113,7 +114,7 @@ def _overall(report: Report, convention: str, title: str, corner: str) -> Result
             rows.append((f"{name}, pooled", _cells(pooled, [one.get(f"{metric}_pooled") for one in known])))
             name += ", over videos"
         rows.append((name, _cells(scores, [one.get(metric) for one in known])))
-    columns = [HEAD_TITLES.get(head, head) for _, head in heads]
+    columns = [head_titles.get(head, head) for _, head in heads]
     groups = [(run.name, len(run.phases) or 1) for run in report.runs]
     return ResultTable(f"{title}, {convention}", corner, columns, rows, groups=groups)
 

@@ -35,6 +35,7 @@ RUN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#222222", "#E69F00")
 RUN_PATTERNS = ("", "/", "x", ".", "-", "+")
 RUN_DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 CURVE_POINTS = 200
+MOST_WIDE_ROWS = 20  # a confusion matrix of more classes has lower rows
 _TICK_STEPS_S = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400)
 _TICKS = 5
 _ROW_PX = 26
@@ -384,7 +385,7 @@ def confusion(run: RunResults, number: int) -> Figure | None:
     )
     right = 100.0 * float(np.trace(counts)) / max(int(counts.sum()), 1)
     alt = f"Confusion matrix of {run.name}: {right:.1f} % of {int(counts.sum()):,} frames on the diagonal"
-    height, file = 60 + 40 * len(phases), f"confusion-{number + 1}"
+    height, file = 60 + (40 if len(phases) <= MOST_WIDE_ROWS else 18) * len(phases), f"confusion-{number + 1}"
     return Figure(f"confusion-{number}", run.name, alt, height, {"data": [trace], "layout": layout}, file)
 
 

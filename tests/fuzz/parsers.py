@@ -383,10 +383,17 @@ def _read_truth(path: Path) -> object:
 
 
 def _truth_seeds() -> list[bytes]:
+    from configs.label_source import LabelSource, TrackSpec
     from evaluation.files.truth import Truth, VideoTruth, write_truth
 
-    video = VideoTruth(np.repeat(np.arange(7), 5).astype(np.int8), np.ones((35, 7), np.int8), "ab" * 32)
-    return [_written(lambda path: write_truth(path, Truth(SPEC, "test", 1.0, {"video41": video})))]
+    phase, tools = np.repeat(np.arange(7), 5).astype(np.int8), np.ones((35, 7), np.int8)
+    steps = {"tracks": {"steps": TrackSpec(classes=("a", "b"))}, "labels": {"steps": LabelSource(files="(?P<id>x)")}}
+    videos = VideoTruth(phase, tools, "ab" * 32), VideoTruth(phase, tools, "ab" * 32, {"steps": phase % 2})
+    truths = (
+        Truth(SPEC, "test", 1.0, {"v": videos[0]}),
+        Truth(SPEC.model_copy(update=steps), "a", 1.0, {"v": videos[1]}),
+    )
+    return [_written(functools.partial(write_truth, truth=truth)) for truth in truths]
 
 
 def _read_metrics(path: Path) -> object:
@@ -418,14 +425,17 @@ def _read_feature_file(path: Path) -> object:
 def _feature_seeds() -> list[bytes]:
     from features.store import EncoderSpec, SourceIdentity, write_features
 
-    def write(path: Path) -> None:
+    def write(path: Path, tracks: dict[str, Any]) -> None:
         encoder = EncoderSpec("tiny", "ab" * 32, {"resize_px": 250}, 1.0, "fp32", "float32", 16)
         source = SourceIdentity("video01", "cd" * 32, 1000, 25.0)
-        phase, tools = np.zeros(30, np.int8), np.zeros((30, 7), np.int8)
-        with write_features(path, encoder, source, np.arange(30) * 25, phase, tools, {"phases": "[]"}) as writer:
+        labels, about = (np.zeros(30, np.int8), np.zeros((30, 7), np.int8)), {"phases": "[]", "tracks": "{}"}
+        with write_features(path, encoder, source, np.arange(30) * 25, *labels, about, tracks=tracks) as writer:
             writer.append(np.ones((30, 16), np.float32), np.zeros((30, 7), np.float32))
 
-    return [_written(write, "video01.h5")]
+    return [
+        _written(functools.partial(write, tracks=tracks), "video01.h5")
+        for tracks in ({}, {"steps": np.zeros(30, np.int8)})
+    ]
 
 
 def _cache_request() -> Any:
