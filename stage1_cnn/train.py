@@ -97,7 +97,8 @@ def train_cnn(
     say_few_cores(accelerator.device)
     net = processes.each(lambda: build_net(config, dataset.spec, trusted=trusted))
     require_image_size(net.backbone, config.preprocess.crop_px)
-    inherited = inherited_from(weights_folders(cnn, config.runs), index, config.data.allow_overlap)
+    starts = weights_folders(cnn, config.runs)
+    inherited = processes.each(lambda: inherited_from(starts, index, config.data.allow_overlap))
     # this line and the next find errors before hours of decoding
     data = processes.each(lambda: load_frames(config, dataset))
     processes.from_first(stage.check)

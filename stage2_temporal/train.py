@@ -82,7 +82,7 @@ def train_temporal(
     require_features_of(data.encoder, config, given, folder)
     data.index.require_excluded(config.data.exclude, folder)
     starts = [folder] if config.temporal.start_from is None else [folder, config.temporal.start_from.parent]
-    inherited = inherited_from(starts, data.index, config.data.allow_overlap)
+    inherited = processes.each(partial(inherited_from, starts, data.index, config.data.allow_overlap))
     data = data.with_tool_logits() if config.temporal.tool_logits else data
     say_left_out(data.index)
     stage = StageFolder(run, TEMPORAL_FOLDER, config, _identity(config, data))

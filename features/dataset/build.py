@@ -62,11 +62,11 @@ def build_index(
             "use it with `index --unverified` or data.unverified=true"
         )
     found = find_videos(root, spec, data, leave_out)
-    if only is not None:
-        found = replace(_kept(found, only.__contains__), passed_over=())
-    ids = [printable(name) for name in found.ids]
     paths = {printable(path): printable(reason) for path, reason in found.passed_over}
-    named = exclusions(ids, data.exclude, tuple(paths))
+    named = exclusions([printable(name) for name in found.ids], data.exclude, tuple(paths))
+    if only is not None:
+        found, paths = _kept(found, only.__contains__), {}
+    ids = [printable(name) for name in found.ids]
     excluded = {name: reason for name, reason in named.items() if name in ids}
     found = _kept(found, lambda name: printable(name) not in excluded)
     if not found.ids:

@@ -119,8 +119,8 @@ def require_separate(
         if pairs:
             (theirs, ours), more = pairs[0], len(pairs) - 1
             others = f" (and {more} more operation{'s' * (more != 1)})" if more else ""
-            same = f"which is the same operation as {ours} of {dataset}{others}"
-            problem = f"trained on {theirs} of {one.dataset}, {same}"
+            same = f", which is the same operation as {ours} of {dataset}" if one.dataset != dataset else ""
+            problem = f"trained on {theirs} of {one.dataset}{same}{others}"
             if not allow:
                 raise UserError(
                     f"{where}: {problem}; test on other videos (data.split, data.exclude), or set "

@@ -138,7 +138,7 @@ def train_joint(
     starts = [path.parent for path in files.values()]
     if not (start.cnn or start.joint):
         starts += weights_folders(config.cnn, config.runs)
-    inherited = inherited_from(starts, dataset.index, config.data.allow_overlap)
+    inherited = processes.each(lambda: inherited_from(starts, dataset.index, config.data.allow_overlap))
     stages = _stages(config, run, dataset.index, files)
     processes.from_first(lambda: require_precisions(config, stages))
     waiting = processes.from_first(lambda: [stage for stage in stages.values() if stage.result is None])

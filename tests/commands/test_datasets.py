@@ -126,6 +126,9 @@ def test_what_is_missing_is_named_with_exit_code_1(tmp_path: Path) -> None:
     assert "  tools: no labels of op3" in done.stdout.splitlines()
     first = run(["datasets", "check", "own.yaml", "--root", "data", "--videos", "1"], tmp_path)
     assert first.returncode == 0
+    excluded = ["--set", "data.exclude={op1: no consent}"]
+    third = run(["datasets", "check", "own.yaml", "--root", "data", "--videos", "2", *excluded], tmp_path)
+    assert "  op3: Access from 0:00:00, Dissection from 0:00:03" in third.stdout.splitlines()
     assert "only the first 1 of 4 videos were read" in first.stdout
 
 

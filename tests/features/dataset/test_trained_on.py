@@ -95,7 +95,7 @@ def test_equal_recordings_are_found_in_unknown_data_sets_and_in_other_splits(tmp
     with pytest.raises(UserError, match=r"trained on video02 of cholec80, .* case7 of ours"):
         require_separate_split(folder, own, "test", False, own=False)
     again = index_of("cholec80", train=["video05"], test=["video01"])
-    with pytest.raises(UserError, match="video01 of cholec80, which is the same operation as video01"):
+    with pytest.raises(UserError, match="trained on video01 of cholec80; test on other videos"):
         require_separate_split(folder, again, "test", False, own=False)
 
 
