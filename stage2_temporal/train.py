@@ -94,9 +94,7 @@ def train_temporal(
     start_stage("train-temporal", config, accelerator.device, precision)
     processes.from_first(stage.open)  # not earlier, so that settings that do not allow training leave no folder behind
     processes.from_first(partial(record_training, stage.path, inherited, data.index))
-    if not data.val:
-        which = " or ".join(data.tracks)
-        say(f"{folder}: no validation videos with {which}, so the last epoch is kept instead of the best")
+    _note_on_validation(folder, data)
     constants = _constants(config, data)
     data = data.to(accelerator.device)
     outcome = train_head(stage.path, config.temporal.head, config, data, constants, accelerator, processes, start)
@@ -106,6 +104,18 @@ def train_temporal(
         frame = train_head(stage.path / FRAME_FOLDER, linear, config, data, constants, accelerator, processes, start)
     computed = {"device": str(accelerator.device), "precision": precision, "features": str(folder)}
     return processes.from_first(lambda: _combined(data, outcome, frame, computed).write(stage))
+
+
+def _note_on_validation(folder: Path, data: TrainingData) -> None:
+    """Say if validation videos cannot show which epoch is the best, or only for some of the tracks."""
+    if not data.val:
+        which = " or ".join(data.tracks)
+        say(f"{folder}: no validation videos with {which}, so the last epoch is kept instead of the best")
+        return
+    labelled = torch.cat([data.bank.labels_of(span) >= 0 for span in data.val], dim=1).any(dim=1)  # (L,)
+    if bare := [name for name, found in zip(data.tracks, labelled.tolist(), strict=True) if not found]:
+        which = " and ".join(bare)
+        say(f"note: no validation video has labels of {which}, so the best epoch is chosen by the other tracks alone")
 
 
 @needs_gpu_memory("temporal.sequence.batch, or set temporal.sequence.mode=chunked with fewer temporal.sequence.frames")

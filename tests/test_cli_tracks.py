@@ -29,7 +29,7 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four simulated operations with files of steps, which begin late; the last one has none."""
+    """Four simulated operations with files of steps, which begin late."""
     folder = tmp_path_factory.mktemp("two")
     options = ["--videos", "4", "--seed", "7", "--fps", "2", "--speed-up", "40", "--width", "64", "--height", "64"]
     succeed(["simulate", "videos", *options], folder)

@@ -224,6 +224,17 @@ def spoil_all(path: Path) -> None:
     seal(path)
 
 
+def test_a_track_without_validation_labels_does_not_choose_the_epoch(
+    train: Any, two_tracks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(two_tracks, tmp_path / "features")
+    spoil_all(tmp_path / "features/video05.h5")
+    result = train(folder=tmp_path / "features", data=BOTH)
+    assert "note: no validation video has labels of steps, so the best epoch is chosen by" in capsys.readouterr().err
+    assert result["val_accuracy_steps"] is None
+    assert result["val_accuracy"] == result["val_accuracy_phases"] > 0
+
+
 def test_other_labels_or_tracks_are_another_run(train: Any, two_tracks: Path, tmp_path: Path) -> None:
     train(folder=two_tracks, data=BOTH)
     with pytest.raises(UserError, match=r"this run exists with other settings \(.*tracks"):
