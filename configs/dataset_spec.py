@@ -230,23 +230,6 @@ class DataSetSpec(OmitsDefaults):
         return self
 
     @model_validator(mode="after")
-    def _labels_are_consistent(self) -> DataSetSpec:
-        if odd := [name for name in self.tracks if not is_track_name(name)]:
-            raise ValueError(f"tracks: {odd[0]!r} is not a name of lower-case letters, digits and _ other than phases")
-        for name, source in self.labels.items():
-            role = next((role for role in self.roles if _LABELS_OF.get(role, role) == name), None)
-            if role is None:
-                raise ValueError(f"labels.{name} is neither phases nor tools of this data set nor one of tracks")
-            known = class_ids(*self.classes_of(role))
-            priorities = () if isinstance(source.overlaps, str) else source.overlaps
-            for given in (*source.meaning.values(), *filter(None, (source.gaps,)), *priorities):
-                if folded_name(given) not in known:
-                    raise ValueError(f"labels.{name}: {given!r} is not one of the classes")
-        if missing := [name for name in self.tracks if name not in self.labels]:
-            raise ValueError(f"labels.{missing[0]} must say where the labels of track {missing[0]} are")
-        return self
-
-    @model_validator(mode="after")
     def _names_are_consistent(self) -> DataSetSpec:
         for kind, names, aliases in (
             ("phases", self.phases, self.phase_aliases),
@@ -278,4 +261,29 @@ class DataSetSpec(OmitsDefaults):
         ):
             if unknown := [name for name in background if name not in classes]:
                 raise ValueError(f"background {unknown[0]!r} is not one of {', '.join(classes)}")
+        return self
+
+    @model_validator(mode="after")
+    def _labels_are_consistent(self) -> DataSetSpec:
+        if odd := [name for name in self.tracks if not is_track_name(name)]:
+            raise ValueError(f"tracks: {odd[0]!r} is not a name of lower-case letters, digits and _ other than phases")
+        for name, source in self.labels.items():
+            role = next((role for role in self.roles if _LABELS_OF.get(role, role) == name), None)
+            if role is None:
+                raise ValueError(f"labels.{name} is neither phases nor tools of this data set nor one of tracks")
+            known = class_ids(*self.classes_of(role))
+            priorities = () if isinstance(source.overlaps, str) else source.overlaps
+            for given in (*source.meaning.values(), *filter(None, (source.gaps,)), *priorities):
+                if folded_name(given) not in known:
+                    raise ValueError(f"labels.{name}: {given!r} is not one of the classes")
+            if role == "tool" and (source.gaps or source.overlaps != "refuse"):
+                raise ValueError(
+                    "labels.tools: gaps and overlaps are not for tools, of which there may be several or none"
+                )
+            if role != "tool" and (
+                source.separator or source.columns.labels or isinstance(source.columns.label, tuple)
+            ):
+                raise ValueError(f"labels.{name}: separator and several columns of labels are for tools")
+        if missing := [name for name in self.tracks if name not in self.labels]:
+            raise ValueError(f"labels.{missing[0]} must say where the labels of track {missing[0]} are")
         return self

@@ -174,6 +174,23 @@ class LabelSource(OmitsDefaults):
             raise ValueError("files has no named group (?P<id>...), so columns.video must say whose labels they are")
         return self
 
+    @model_validator(mode="after")
+    def _options_have_an_effect(self) -> LabelSource:
+        """Refuse options that would be ignored, since they show that something else was meant."""
+        useless: dict[str, tuple[bool, tuple[str, ...]]] = {
+            "is for form intervals": (self.form != "intervals", ("end", "overlaps")),
+            "is for numbers of frames or samples; times count from 0": (self.unit in TIME_UNITS, ("origin",)),
+            "is for format json": (self.format == "table", ("records", "join")),
+            "is for format table": (self.format == "json", ("delimiter", "header")),
+        }
+        for why, (is_ignored, names) in useless.items():
+            for name in names:
+                if is_ignored and getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name} {why}")
+        if self.overlaps == ():
+            raise ValueError("overlaps is an empty list; name the classes that count most, or one of the words")
+        return self
+
     @property
     def is_shared(self) -> bool:
         """Whether one file has the labels of several videos."""

@@ -273,3 +273,26 @@ def test_several_columns_can_each_name_a_tool() -> None:
 def test_a_description_that_contradicts_itself_is_refused(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         LabelSource.model_validate({"files": r"(?P<id>\d+)", **fields})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"gaps": "A"}, "gaps is for form starts and intervals"),
+        ({"end": "inclusive"}, "end is for form intervals"),
+        ({"form": "starts", "unit": "source", "overlaps": "inner"}, "overlaps is for form intervals"),
+        ({"unit": "second", "origin": 1}, "origin is for numbers of frames or samples; times count from 0"),
+        ({"records": "phases"}, "records is for format json"),
+        ({"format": "json", "records": "phases", "header": False}, "header is for format table"),
+        ({"form": "starts", "unit": "source", "origin": "auto"}, "origin must be 0 or 1 for form starts"),
+        ({"separator": "|"}, "labels.phases: separator and several columns of labels are for tools"),
+    ],
+)
+def test_options_without_effect_are_refused(given: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        spec_of(LabelSource.model_validate({"files": r"(?P<id>\d+)\.txt", **given}))
+
+
+def test_an_alias_of_no_class_is_named_where_the_description_has_labels() -> None:
+    with pytest.raises(ValueError, match="alias 'a' points to 'D', which is not one of the phases"):
+        spec_of(LabelSource(files=r"(?P<id>\d+)\.txt"), phase_aliases={"a": "D"})
