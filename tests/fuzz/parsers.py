@@ -307,7 +307,7 @@ def _read_ablation(path: Path) -> object:
     return load_ablation(path)
 
 
-def _read_mapping(path: Path) -> object:
+def _read_class_mapping(path: Path) -> object:
     mapping = load_mapping(path)
     return _allow_refusal(lambda: mapping.common_ids(SPEC.name, SPEC.phases, str(path)))
 
@@ -862,7 +862,7 @@ PARSERS: dict[str, Parser] = {
     ),
     "mapping of classes": Parser(
         "mapping.yaml",
-        _plainly(_read_mapping),
+        _plainly(_read_class_mapping),
         lambda: _preset_seeds("mappings/cholecystectomy.yaml", "mappings/cataract.yaml"),
         _YAML_WORDS,
         _YAML_MARKS,
