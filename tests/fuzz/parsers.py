@@ -728,7 +728,7 @@ def _read_truth_lines(path: Path) -> object:
     return read_truth(path, path.name, SPEC)
 
 
-def _read_mapping(path: Path) -> object:
+def _read_class_names(path: Path) -> object:
     from interop.feature_files.mstcn import spec_of_mapping
 
     return spec_of_mapping(path, "set", 15.0)
@@ -911,7 +911,7 @@ PARSERS: dict[str, Parser] = {
         _NAMES,
     ),
     "MS-TCN classes": Parser(
-        "mapping.txt", _plainly(_read_mapping), lambda: [b"0 SIL\n1 cut tomato\n2 background"], _NAMES, (" ", "\n")
+        "mapping.txt", _plainly(_read_class_names), lambda: [b"0 SIL\n1 cut tomato\n2 background"], _NAMES, (" ", "\n")
     ),
     "MS-TCN bundle": Parser(
         "train.split1.bundle", _plainly(_read_bundle), lambda: [b"video01.txt\nvideo02.txt\n"], _NAMES
