@@ -107,6 +107,8 @@ def test_imported_features_are_those_extracted_here(extracted: Path, tmp_path: P
             assert np.array_equal(ours.frame_index, imported.frame_index)
             assert np.array_equal(ours.tools, imported.tools)
     if write is tecno:
+        line = refuse(["extract", "--config", "tiny.yaml", "--index", f"{tmp_path}/out/index.json"], extracted)
+        assert "its features were imported, so there are no frames to read" in line
         metrics, rows = trained(extracted, "tecno", tmp_path / "out")
         assert metrics == results(extracted, "here")[0]
         assert np.allclose(rows, results(extracted, "here")[1], rtol=0, atol=1e-6)

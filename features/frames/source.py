@@ -46,6 +46,8 @@ def require_indexed_source(dataset: Dataset, entry: VideoEntry) -> None:
     from it can be used without it, and reading it will report that it is missing. Raises UserError if it cannot be
     read.
     """
+    if entry.kind == "features":
+        raise UserError(f"{entry.id}: its features were imported, so there are no frames to read; index its video")
     if entry.parts:
         for part in entry.sources:
             require_indexed_source(dataset, part)
@@ -83,8 +85,6 @@ def open_source(config: Config, dataset: Dataset, entry: VideoEntry, hardware: s
     Call this in the process that reads the frames. `hardware` is a kind of device that decodes video files (cuda, qsv,
     ...). Raises UserError if the source has changed since it was indexed, and ReaderError if it cannot be read.
     """
-    if entry.kind == "features":
-        raise UserError(f"{entry.id}: its features were imported, so there are no frames to read; index its video")
     if entry.parts:
         files = [partial(open_source, config, dataset, part, hardware) for part in entry.sources]
         return PartsReader(files, same_size=config.preprocess.cut_margin)
