@@ -113,19 +113,38 @@ READERS: Registry[ReadRecords] = Registry("format of labels", "surgstage.label_f
 
 def read_table(content: bytes, path: Path, source: LabelSource) -> Records:
     """Read a table. Raises UserError naming the line that has more or fewer columns than the first."""
-    numbers, rows = _rows_of_cells(text_lines(content, path), source, path)
-    if not rows:
-        raise UserError(f"{path}: is empty")
-    names = rows[0] if source.header else [str(at) for at in range(1, len(rows[0]) + 1)]
+    lines = text_lines(content, path)
+    if columns := _even_columns(lines, source):
+        numbers: Sequence[int] = range(1, len(lines) + 1)
+        names = [column[0] for column in columns]
+        columns = [column[1:] for column in columns] if source.header else columns
+    else:
+        numbers, rows = _rows_of_cells(lines, source, path)
+        if not rows:
+            raise UserError(f"{path}: is empty")
+        names, rows = _with_equal_widths(rows, numbers, source, path)
+        columns = [list(map(str.strip, column)) for column in zip(*rows, strict=True)] if rows else [[] for _ in names]
+    if not source.header:
+        names = [str(at) for at in range(1, len(columns) + 1)]
     twice = sorted({name for name in names if name and names.count(name) > 1})
     if twice:
         raise UserError(f"{path}: line {numbers[0]} names the column {twice[0]} twice")
-    if source.header:
-        numbers, rows = numbers[1:], rows[1:]
-    if set(map(len, rows)) - {len(names)} or not names[-1]:
-        names, rows = _with_equal_widths(names, rows, numbers, source, path)
-    columns = [list(map(str.strip, column)) for column in zip(*rows, strict=True)] if rows else [[] for _ in names]
-    return Records(dict(zip(names, columns, strict=True)), LineNumbers(numbers), columns)
+    return Records(dict(zip(names, columns, strict=True)), LineNumbers(numbers[source.header :]), columns)
+
+
+def _even_columns(lines: list[str], source: LabelSource) -> list[list[str]]:
+    """Return the columns if all lines have as many cells, without quotes; otherwise nothing.
+
+    Nearly all tables are so, and this takes half the time of making a list for each line.
+    """
+    mark = _DELIMITERS.get(source.delimiter)
+    if not lines or mark is None or len({line.count(mark) for line in lines}) > 1:
+        return []
+    text = mark.join(lines)
+    if '"' in text or lines[0].rstrip(" ").endswith(mark) or not all(line.strip(mark + " ") for line in lines):
+        return []
+    cells, width = text.split(mark), lines[0].count(mark) + 1
+    return [list(map(str.strip, cells[at::width])) for at in range(width)]
 
 
 def _rows_of_cells(lines: list[str], source: LabelSource, path: Path) -> tuple[Sequence[int], list[list[str]]]:
@@ -157,9 +176,13 @@ def _quoted_rows(lines: Sequence[str], mark: str, source: LabelSource, path: Pat
 
 
 def _with_equal_widths(
-    names: list[str], rows: list[list[str]], numbers: Sequence[int], source: LabelSource, path: Path
+    rows: list[list[str]], numbers: Sequence[int], source: LabelSource, path: Path
 ) -> tuple[list[str], list[list[str]]]:
-    """Return names and rows without empty cells at the end of all lines, or of lines that are too long."""
+    """Return the cells of the first row and the rows below a header, all of one width.
+
+    Empty cells at the end of all lines, or of lines that are too long, are left out.
+    """
+    names = rows[0]
     while names and not names[-1] and not any("".join(cells[len(names) - 1 :]).strip() for cells in rows):
         names = names[:-1]  # a delimiter at the end of every line
     for at, cells in enumerate(rows):
@@ -170,7 +193,7 @@ def _with_equal_widths(
             raise UserError(
                 f"{path}: line {numbers[at]} has {found}; expected {len(names)}, separated by {source.delimiter}"
             )
-    return names, rows
+    return names, rows[source.header :]
 
 
 def read_json_records(content: bytes, path: Path, source: LabelSource) -> Records:
