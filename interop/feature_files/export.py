@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import UserError, listed
+from configs.schema import MAX_FPS
 from engine.files import atomic_path, make_folder, read_json_object, require_free_bytes, write_json, write_text
 from engine.progress import BAR_AFTER_S, progress_bar, say
 from engine.stopping import StopRequest
@@ -40,8 +41,8 @@ def read_export(path: Path) -> Export:
     found = read_json_object(path)
     fps, videos = found.get("fps"), found.get("videos", {})
     named = isinstance(videos, dict) and all(isinstance(video, str) for video in videos.values())
-    if not named or isinstance(fps, bool) or not isinstance(fps, int | float):
-        raise UserError(f"{path}: damaged: it needs a number fps and names of videos; delete it or export again")
+    if not named or isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps <= MAX_FPS:
+        raise UserError(f"{path}: damaged: it needs a rate fps and names of videos; delete it or export again")
     return Export(float(fps), videos)
 
 

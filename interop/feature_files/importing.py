@@ -1,8 +1,8 @@
 """Make a feature folder of features that another program computed.
 
-The files are first looked at (`_survey`): shapes, labels, and what they agree on. Only then is the folder written, one
-video after the other, as `extract` writes it; the index comes last, so that a folder with an index is complete. What a
-row shows follows from its number and the rate that the user names, and the provenance says so.
+The files are first looked at (`interop.feature_files.survey`). Only then is the folder written, one video after the
+other, as `extract` writes it; the index comes last, so that a folder with an index is complete. What a row shows
+follows from its number and the rate that the user names, and the provenance says so.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from pydantic import ValidationError
 from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError, listed
 from configs.load import load_dataset
-from configs.schema import MAX_FPS, Config
-from engine.files import read_json_object, sha256_ends, sha256_json, write_json
+from configs.schema import Config
+from engine.files import read_json_object, sha256_json, write_json
 from engine.progress import BAR_AFTER_S, progress_bar, say
 from engine.stopping import StopRequest
 from features.dataset.catalogue import data_root, say_left_out
@@ -43,46 +43,22 @@ from features.store import (
 from features.store_folder import ENCODER_FILE, INDEX_FILE, prepare_folder
 from features.video_labels import NO_LABEL, VideoLabels
 from interop.feature_files import mstcn
-from interop.feature_files.arrays import Content, open_features
+from interop.feature_files.arrays import open_features
 from interop.feature_files.export import EXPORT_FILE, read_export
-from interop.feature_files.found import PROGRAMS, FeatureFile, Found, divided, find_features, ids_of_files
-from interop.feature_files.labels import LabelReader, Labels
+from interop.feature_files.found import PROGRAMS, Found, divided, find_features, ids_of_files
+from interop.feature_files.labels import LabelReader
+from interop.feature_files.survey import (
+    Request,
+    SurveyedVideo,
+    common_length,
+    file_identity,
+    rate_of,
+    require_values,
+    say_cuts,
+    time_axis,
+)
 
 BLOCK_BYTES = 32 << 20
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """How to read the files of another program: what its options say that the files do not."""
-
-    layout: str | None = None  # `mstcn` or a format of single files
-    fps: float | None = None  # rows per second
-    every: int = 1  # take one row in `every`
-    axes: str | None = None  # `TD` or `DT`
-    key: str | None = None
-    labels: str | None = None  # `files`, `index`, `none`, or a folder
-    index: Path | None = None
-    split: str | None = None  # a division in MS-TCN's bundles
-    dataset: str | None = None
-    phase_order: str | None = None
-    encoder: str | None = None  # the user's name for the encoder
-
-
-@dataclass(frozen=True, eq=False)
-class _Video:
-    """What was found out about one video's file before anything is written."""
-
-    id: str
-    file: FeatureFile
-    sha256_ends: str
-    shape: tuple[int, int]
-    dtype: str
-    labels: Labels  # of all rows of the file
-    frame_index: NDArray[np.int64] | None  # sampled frames of the indexed video
-
-    def rows(self, axes: str) -> int:
-        """T, the number of rows of the file."""
-        return self.shape[axes.index("T")]
 
 
 @dataclass
@@ -116,9 +92,9 @@ def import_features(place: Path, out: Path, config: Config, request: Request, st
     say(f"{found.root}: {len(found.files)} file(s) of features ({PROGRAMS.get(found.layout, found.format)})")
     job = _Job(found, config, request)
     videos = job.survey(stop)
-    axes = _axes(videos, found, request, job.slack)
-    lengths = {video.id: _length(video, axes, request.every, job.slack) for video in videos}
-    _say_cuts(videos, axes, lengths, request.every)
+    axes = time_axis(videos, found, request, job.slack)
+    lengths = {video.id: common_length(video, axes, request.every, job.slack) for video in videos}
+    say_cuts(videos, axes, lengths, request.every)
     index, encoder = job.index(videos, axes, lengths), job.encoder(videos, axes)
     _require_same_encoder(out, encoder)
     say_left_out(index)
@@ -143,7 +119,7 @@ class _Job:
     def __init__(self, found: Found, config: Config, request: Request) -> None:
         self.found, self.request = found, request
         export = read_export(found.root / EXPORT_FILE)
-        self.rate = _rate(found, request, export.fps)
+        self.rate = rate_of(found, request, export.fps)
         self.fps = self.rate / request.every
         self.data = config.data.model_copy(update={"fps": self.fps})
         self.config, self.storage = config, config.extract.storage
@@ -175,7 +151,7 @@ class _Job:
             "description, --dataset FILE.yaml), or give an index with --index FILE"
         )
 
-    def survey(self, stop: StopRequest) -> list[_Video]:
+    def survey(self, stop: StopRequest) -> list[SurveyedVideo]:
         """Look at every file: its shape, its labels, and which frames an indexed video has for it."""
         kept = [(name, file) for name, file in self.files.items() if name not in self.excluded]
         videos = []
@@ -184,9 +160,9 @@ class _Job:
                 stop.raise_if_set()
                 frames = sampled_frames(self.base.entry(name), self.fps) if self.base is not None else None
                 with open_features(file.path, self.found.format, self.request.key, file.rows) as content:
-                    _require_values(content)
+                    require_values(content)
                     labels, dtype = self.reader.read(name, file, content), str(content.features.dtype)
-                    videos.append(_Video(name, file, _identity(file), content.shape, dtype, labels, frames))
+                    videos.append(SurveyedVideo(name, file, file_identity(file), content.shape, dtype, labels, frames))
                 bar.update(1)
         if not videos:
             raise UserError(f"{self.found.root}: data.exclude leaves out all {len(self.files)} videos; keep some")
@@ -195,7 +171,7 @@ class _Job:
 
     # ------------------------------------------------------------------------------------------ the index
 
-    def index(self, videos: Sequence[_Video], axes: str, lengths: Mapping[str, int]) -> Index:
+    def index(self, videos: Sequence[SurveyedVideo], axes: str, lengths: Mapping[str, int]) -> Index:
         """The index of the folder: the given one without the videos that have no features, or a new one."""
         if self.base is not None:
             missing = [entry.id for entry in self.base.videos if entry.id not in self.files]
@@ -234,7 +210,7 @@ class _Job:
         named = {by_name.get(stem, stem): split for stem, split in bundles.items()}
         return {name: named.get(name, "none") for name in ids}, {n: s for n, s in named.items() if n not in self.files}
 
-    def _entry(self, video: _Video, axes: str, length: int, split: Split) -> VideoEntry:
+    def _entry(self, video: SurveyedVideo, axes: str, length: int, split: Split) -> VideoEntry:
         state = video.file.path.stat()
         return VideoEntry(
             id=video.id,
@@ -251,7 +227,7 @@ class _Job:
 
     # ------------------------------------------------------------------------------------------ what is written
 
-    def labels(self, entry: VideoEntry, video: _Video, length: int) -> VideoLabels:
+    def labels(self, entry: VideoEntry, video: SurveyedVideo, length: int) -> VideoLabels:
         """The labels of the first `length` samples of a video, with their frames and times."""
         if self.reader.source == "index" and self.base is not None:
             root = data_root(self.config) if entry.annotation_files else self.found.root
@@ -270,7 +246,7 @@ class _Job:
             tracks={name: np.full(length, NO_LABEL, np.int8) for name in self.spec.tracks},
         )
 
-    def encoder(self, videos: Sequence[_Video], axes: str) -> EncoderSpec:
+    def encoder(self, videos: Sequence[SurveyedVideo], axes: str) -> EncoderSpec:
         """What stands for the unknown encoder: the name that the user gives it, or else the files themselves."""
         program, named = PROGRAMS.get(self.found.layout, "unknown"), self.request.encoder
         files = {video.id: video.sha256_ends for video in videos}
@@ -286,7 +262,7 @@ class _Job:
             arithmetic=IMPORTED,
         )
 
-    def provenance(self, videos: Sequence[_Video]) -> dict[str, Any]:
+    def provenance(self, videos: Sequence[SurveyedVideo]) -> dict[str, Any]:
         """What `encoder.json` says about the import."""
         return {
             "program": PROGRAMS.get(self.found.layout, "unknown"),
@@ -301,7 +277,7 @@ class _Job:
             },
         }
 
-    def attributes(self, video: _Video, labels: VideoLabels) -> dict[str, Any]:
+    def attributes(self, video: SurveyedVideo, labels: VideoLabels) -> dict[str, Any]:
         """The attributes of a feature file besides its encoder and source."""
         about = {"file": video.file.path.name, "dtype": video.dtype, "labels": self.reader.source}
         tracks = {name: track.classes for name, track in self.spec.tracks.items()}
@@ -321,95 +297,6 @@ class _Job:
         }
 
 
-# ---------------------------------------------------------------------------------------------- what files agree on
-
-
-def _rate(found: Found, request: Request, exported_fps: float | None) -> float:
-    """Rows per second: what the user says, or what the files' names or the file beside them say. Never a guess."""
-    named = {file.fps for file in found.files if file.fps is not None} | {exported_fps} - {None}
-    rate = request.fps if request.fps is not None else next(iter(named), None)
-    if rate is None or len(named) > 1:
-        what = f"name different rates ({', '.join(map(str, sorted(filter(None, named))))})" if named else "name no rate"
-        raise UserError(f"{found.root}: its files {what}; give the rows per second with --fps RATE")
-    if named - {rate}:
-        raise UserError(f"--fps {rate:g}: {found.files[0].path.name} was made at {named.pop():g} rows per second")
-    if not 1e-3 <= rate <= MAX_FPS:
-        raise UserError(f"--fps {rate:g}: not a rate from 0.001 to {MAX_FPS:g}")
-    return float(rate)
-
-
-def _identity(file: FeatureFile) -> str:
-    """The hash of a file's ends or, in a file of several videos, of that and the video's rows."""
-    ends = sha256_ends(file.path)
-    return ends if file.rows is None else sha256_json([ends, file.rows.start, file.rows.stop])
-
-
-def _require_values(content: Content) -> None:
-    if not all(content.shape):
-        raise UserError(f"{content.path}: its features are empty ({'x'.join(map(str, content.shape))})")
-
-
-def _expected(video: _Video, every: int) -> list[int]:
-    """How many samples the labels and the indexed video have, as far as known."""
-    counts = [] if video.labels.rows is None else [-(-video.labels.rows // every)]
-    return counts + ([] if video.frame_index is None else [len(video.frame_index)])
-
-
-def _difference(video: _Video, axes: str, every: int) -> int:
-    """By how many samples the features and what is known about their number differ; 0 if nothing is."""
-    samples = -(-video.rows(axes) // every)
-    return max((abs(samples - count) for count in _expected(video, every)), default=0)
-
-
-def _axes(videos: Sequence[_Video], found: Found, request: Request, slack: int) -> str:
-    """Which axis is time: `TD` or `DT`. The D of all files must be equal, and T must agree with labels and index.
-
-    Raises UserError if that leaves both possible, or if files have different D.
-    """
-    same_dim = [axes for axes in ("TD", "DT") if len({video.shape[axes.index("D")] for video in videos}) == 1]
-    if request.axes is not None or found.format in ("tecno", "lfb"):
-        chosen = [request.axes or "TD"]
-    else:
-        off = {axes: max(_difference(video, axes, request.every) for video in videos) for axes in same_dim}
-        fitting = [axes for axes in same_dim if off[axes] <= slack]
-        chosen = fitting or sorted(same_dim, key=off.__getitem__)[:1]
-    if len(chosen) > 1:
-        first, shape = videos[0].file.path, "x".join(map(str, videos[0].shape))
-        raise UserError(f"{first}: cannot tell which axis of {shape} is time; say so with --layout TD or --layout DT")
-    if not chosen or chosen[0] not in same_dim:
-        axis = (chosen or ["TD"])[0].index("D")
-        one = videos[0]
-        other = next(video for video in videos if video.shape[axis] != one.shape[axis])
-        raise UserError(
-            f"{other.file.path}: has {'x'.join(map(str, other.shape))} features, but {one.file.path.name} "
-            f"{'x'.join(map(str, one.shape))}: all files need the same number of features per frame (see --layout)"
-        )
-    return chosen[0]
-
-
-def _length(video: _Video, axes: str, every: int, slack: int) -> int:
-    """The number of samples to keep. Raises UserError if features, labels and index differ by more than a second."""
-    samples = -(-video.rows(axes) // every)
-    counts = [samples, *_expected(video, every)]
-    if max(counts) - min(counts) > slack:
-        known = " and ".join(map(str, counts[1:]))
-        raise UserError(
-            f"{video.file.path}: {samples} samples of features, but {known} of labels or of the indexed video of "
-            f"{video.id}; check --fps, --every and --layout (up to {slack} would be cut)"
-        )
-    return min(counts)
-
-
-def _say_cuts(videos: Sequence[_Video], axes: str, lengths: Mapping[str, int], every: int) -> None:
-    cut = []
-    for video in videos:
-        counts = [-(-video.rows(axes) // every), *_expected(video, every)]
-        if max(counts) > lengths[video.id]:
-            cut.append(f"{video.id} to {lengths[video.id]} (of {' and '.join(map(str, sorted(set(counts))))})")
-    if cut:
-        say(f"note: features and labels of {len(cut)} video(s) differ in length and are cut: {listed(cut, 5)}")
-
-
 def _require_same_encoder(out: Path, encoder: EncoderSpec) -> None:
     path = out / ENCODER_FILE
     if path.exists() and read_json_object(path).get("digest") != encoder.digest:
@@ -424,7 +311,7 @@ def _require_same_encoder(out: Path, encoder: EncoderSpec) -> None:
 
 def _write(
     out: Path,
-    video: _Video,
+    video: SurveyedVideo,
     entry: VideoEntry,
     labels: VideoLabels,
     encoder: EncoderSpec,

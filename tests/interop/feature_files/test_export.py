@@ -127,6 +127,10 @@ def test_what_is_refused(tmp_path: Path, stop: StopRequest) -> None:
     export_features(place, tmp_path / "npz", "npz", unlabelled=None, replace=True, stop=stop)
     (tmp_path / "empty").mkdir()
     assert "contains no index.json" in refusal(tmp_path / "empty", tmp_path / "y", "npz", stop=stop)
+    for text in ('{"fps": NaN}', f'{{"fps": 1{"0" * 400}}}', '{"fps": 1, "videos": {"a": 3}}', '{"fps": true}'):
+        (tmp_path / "npz/surgstage.json").write_text(text)
+        with pytest.raises(UserError, match="needs a rate fps and names of videos"):
+            import_features(tmp_path / "npz", tmp_path / "o", load_config("cholec80"), Request(), stop)
     damaged = bytearray((place / "a 1.h5").read_bytes())
     damaged[-1] ^= 1
     (place / "a 1.h5").write_bytes(damaged)
