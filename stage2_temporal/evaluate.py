@@ -81,14 +81,14 @@ def evaluate_run(
     out = run / "evaluate" / folder_name(split, inference, index_file, *([mapping.stem] if mapping else []))
     if mapping and not about.tool_inputs:
         config = config.model_copy(update={"extract": config.extract.model_copy(update={"tool_head": False})})
-    allow = config.data.allow_overlap
-    if index_file is None:
-        folder, index = _own_features(config, run, features, given)
-        require_separate_split(temporal, index, split, allow, own=True)
-    else:
-        require_separate_split(temporal, _index_in(index_file), split, allow, own=False)
-        folder, index = _other_features(config, run, index_file, out / "features", features, stop, about)
+    folder, index = _own_features(config, run, features, given) if index_file is None else (out, _index_in(index_file))
+    # before features are extracted, which may take hours
+    require_separate_split(temporal, index, split, config.data.allow_overlap, own=index_file is None)
     common = PhaseMapping.read(mapping, about.dataset, about.phases, index) if mapping else None
+    if common is None:
+        _require_same_phases(about, index, index_file or folder / INDEX_FILE, temporal)
+    if index_file is not None:
+        folder, index = _other_features(config, run, index_file, out / "features", features, stop, about)
     videos = _load(folder, index, split)
     _require_compatible(about, folder, index, videos, temporal, same_classes=common is None)
     say_left_out(index)
@@ -188,11 +188,18 @@ def _index_in(index_file: Path) -> Index:
     return Index.load(index_file)
 
 
+def _require_same_phases(about: TemporalAbout, index: Index, where: Path, temporal: Path) -> None:
+    """Raise UserError unless the index `where` has the phases (in order) of the model's training."""
+    try:
+        require_same_classes(temporal, "phases", about.phases, index.dataset.phases, where)
+    except UserError as error:
+        raise UserError(f"{error}; for a data set with other phases, name a --mapping") from error
+
+
 def _require_same_tracks(
     about: TemporalAbout, folder: Path, index: Index, videos: Mapping[str, VideoFeatures], temporal: Path
 ) -> None:
-    """Raise UserError unless the features have the classes (in order) of every track of the model's training."""
-    require_same_classes(temporal, "phases", about.phases, index.dataset.phases, folder / INDEX_FILE)
+    """Raise UserError unless the features have the classes (in order) of every further track of the training."""
     for track, classes in (about.tracks or {}).items():
         known = index.dataset.tracks.get(track)
         require_same_classes(temporal, track, classes, known.classes if known else (), folder / INDEX_FILE)

@@ -66,6 +66,7 @@ def test_the_matrix_of_two_data_sets(place: Path) -> None:
                 "--index", "second/index.json"], place)  # fmt: skip
     assert done.returncode == 2
     assert "its phases are Early, Middle, Late; " in done.stderr
+    assert done.stderr.endswith("name a --mapping\n")
     for trained in ("first", "second"):
         for tested in ("first", "second"):
             evaluate(place, trained, tested, "--mapping", "common.yaml")
