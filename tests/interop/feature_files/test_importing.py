@@ -8,8 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from configs.errors import UserError
 from configs.load import load_config
@@ -323,3 +327,52 @@ def test_places_without_features(tmp_path: Path, bring: Any) -> None:
     assert "so it is not a folder of MS-TCN" in refusal(bring, fps=1.0, layout="mstcn")
     (tmp_path / "in/b.pkl").write_bytes((tmp_path / "in/a.npy").read_bytes())
     assert "b.pkl: not a pickle but a NumPy array" in refusal(bring, dataset="cholec80", fps=1.0, layout="tecno")
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=3, unique=True),
+    dim=st.integers(80, 100),  # T of one file could be D otherwise
+    every=st.integers(1, 5),
+    format=st.sampled_from(["npy", "npz", "pt", "h5"]),
+    transposed=st.booleans(),
+    data=st.data(),
+)
+def test_any_features_and_labels_come_through(
+    tmp_path_factory: pytest.TempPathFactory,
+    lengths: list[int],
+    dim: int,
+    every: int,
+    format: str,
+    transposed: bool,
+    data: st.DataObject,
+) -> None:
+    place, out = (tmp_path_factory.mktemp("any") / name for name in ("in", "out"))
+    place.mkdir()
+    written = {}
+    for number, frames in enumerate(lengths, start=1):
+        labels = np.array(data.draw(st.lists(st.sampled_from([-1, *range(7)]), min_size=frames, max_size=frames)))
+        features = np.random.default_rng(frames).normal(size=(frames, dim)).astype(np.float16)
+        written[f"video{number:02d}"] = features, labels
+        save(place / f"video{number:02d}.{format}", (features.T if transposed else features).astype(np.float64), labels)
+    said: dict[str, Any] = {"axes": "DT" if transposed else "TD"} if format == "npy" else {"phase_order": "mtrcnet"}
+    with watch_signals(leaving=False) as stop:
+        request = Request(dataset="cholec80", fps=5.0, every=every, **said)
+        import_features(place, out, load_config("cholec80"), request, stop)
+    for name, (features, labels) in written.items():
+        found = read_features(out / f"{name}.h5")
+        assert np.array_equal(np.asarray(found.features), features[::every])
+        assert np.array_equal(found.time_s, np.arange(len(features))[::every] / 5)
+        assert np.array_equal(found.phase, np.full(len(labels), -1)[::every] if format == "npy" else labels[::every])
+
+
+def save(path: Path, features: np.ndarray, labels: np.ndarray) -> None:
+    if path.suffix == ".npy":
+        np.save(path, features)
+    elif path.suffix == ".npz":
+        np.savez_compressed(path, features=features, labels=labels)
+    elif path.suffix == ".pt":
+        torch.save({"features": torch.from_numpy(features.copy()), "labels": torch.from_numpy(labels)}, path)
+    else:
+        with h5py.File(path, "w") as file:
+            file["features"], file["labels"] = features, labels
