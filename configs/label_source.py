@@ -42,6 +42,13 @@ class Columns(OmitsDefaults):
     label: Column | tuple[Column, ...] | None = None
     labels: tuple[Column, ...] | None = None
 
+    @property
+    def most_number(self) -> int:
+        """The largest number by which a column is named; 0 if all are named by name."""
+        label = self.label if isinstance(self.label, tuple) else (self.label,)
+        named = (self.video, self.start, self.end, *label, *(self.labels or ()))
+        return max((column for column in named if isinstance(column, int)), default=0)
+
 
 class Categories(Strict):
     """JSON: the list, in the same file, of the classes that the ids of labels mean, as in COCO's format."""

@@ -15,7 +15,7 @@ from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError, listed
 from configs.label_source import LabelSource
 from configs.schema import DataConfig
-from engine.files import inside, sha256_json
+from engine.files import inside
 from features.dataset.annotations import LabelTrack, read_content, row_error
 from features.dataset.described.intervals import TimedLabels, TimedRows
 from features.dataset.described.labels import parse_described, read_described
@@ -140,7 +140,7 @@ def _read_described(
     records = videos.get(id_key(video_id) if source.is_shared else None)
     if records is None:
         raise UserError(f"{path}: has no labels of {video_id}")
-    digest = sha256_json([records.columns, records.numbered]) if source.is_shared else file_sha256
+    digest = records.digest(path) if source.is_shared else file_sha256
     track = parse_described(records, path, source, role, spec)
     file = AnnotationFile(path=relative, sha256=digest, rows=len(records))
     return Annotation(path, file, track, source, records.notes)

@@ -94,12 +94,11 @@ def read_labels(forms: Forms, **more: Any) -> Callable[[Path], None]:
 
 
 def _read_one(content: bytes, path: Path, role: str, spec: DataSetSpec) -> None:
-    from engine.files import sha256_json
     from features.dataset.described.labels import parse_described, records_by_video
 
     source = next(iter(spec.labels.values()))
     for records in records_by_video(content, path, source, spec).values():
-        sha256_json([records.columns, records.numbered])
+        records.digest(path)
         track = parse_described(records, path, source, role, spec)
         for times_s in (None, np.cumsum(np.arange(100) % 7 * 0.02)):
             _refusal(partial(_fit, path, track, role, spec, times_s))

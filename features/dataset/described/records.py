@@ -13,6 +13,7 @@ from typing import Any, overload
 from configs.errors import UserError, did_you_mean, listed
 from configs.label_source import Categories, Column, LabelSource
 from configs.registry import Registry
+from engine.files import sha256_json
 from features.dataset.annotations import shown_cell, text_lines
 
 _DELIMITERS = {"tab": "\t", "comma": ",", "semicolon": ";"}
@@ -103,6 +104,13 @@ class Records:
                     made[name].append(value)
         return replace(self, columns={**self.columns, **made}) if made else self
 
+    def digest(self, path: Path) -> str:
+        """Return the SHA-256 of the values. Raises UserError naming `path` for numbers that JSON cannot represent."""
+        try:
+            return sha256_json([self.columns, self.numbered])
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: has a value that is too large or nested too deeply: {error}") from error
+
     def __len__(self) -> int:
         return len(self.places)
 
@@ -182,8 +190,8 @@ def _with_equal_widths(
 
     Empty cells at the end of all lines, or of lines that are too long, are left out.
     """
-    names = rows[0]
-    while names and not names[-1] and not any("".join(cells[len(names) - 1 :]).strip() for cells in rows):
+    names, asked_for = rows[0], source.columns.most_number
+    while len(names) > asked_for and not names[-1] and not any("".join(row[len(names) - 1 :]).strip() for row in rows):
         names = names[:-1]  # a delimiter at the end of every line
     for at, cells in enumerate(rows):
         if len(cells) > len(names) and not "".join(cells[len(names) :]).strip():

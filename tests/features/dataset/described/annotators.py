@@ -253,7 +253,7 @@ def files(draw: st.DrawFn, records: Sequence[Record], decoys: Sequence[Record]) 
 @st.composite
 def _table(draw: st.DrawFn, records: Sequence[Record], keys: Sequence[str]) -> tuple[str, dict[str, Any]]:
     texts = [[str(one.get(key, "")) for key in keys] for one in records]
-    odd = any(not text or " " in text for row in texts for text in row)
+    odd = any(not text or " " in text or '"' in text for row in (keys, *texts) for text in row)
     delimiter = draw(st.sampled_from(["tab", "comma", "semicolon", *([] if odd else ["blank"])]))
     header = draw(st.booleans())
     stream = io.StringIO()

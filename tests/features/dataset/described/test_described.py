@@ -275,6 +275,21 @@ def test_a_description_that_contradicts_itself_is_refused(fields: dict[str, obje
         LabelSource.model_validate({"files": r"(?P<id>\d+)", **fields})
 
 
+def test_a_last_column_without_any_value_is_a_column_if_it_is_asked_for() -> None:
+    options = {"unit": "source", "header": False}
+    assert labels_of("0\t\n1\t\n", **options, columns={"start": 1, "label": 2}) == [-1] * 100
+    assert labels_of("A\t0\t\nA\t1\t\n", **options, columns={"start": 2, "label": 1}) == [0] * 100
+
+
+def test_a_number_beyond_floats_in_a_file_of_several_videos_is_named() -> None:
+    source = LabelSource.model_validate(
+        {"files": "all", "format": "json", "records": "rows", "columns": {"video": "v", "label": "l"}}
+    )
+    records = records_by_video(b'{"rows": [{"v": "x", "l": "A", "start": 1e999}]}', FILE, source, spec_of(source))["x"]
+    with pytest.raises(UserError, match="labels: has a value that is too large"):
+        records.digest(FILE)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
