@@ -263,7 +263,9 @@ def test_the_joint_net_leaves_out_what_it_cannot_read(work: Work) -> None:
     assert summary["test_videos"] == 1
     card = (work.folder / "runs/r/MODEL_CARD.md").read_text()
     work.do("index", "--set", "data.index=other.json", "--set", "data.split={train: [case 1], test: [case 2]}")
-    work.do("evaluate", "--index", "other.json", "--set", "data.split={train: [case 1], test: [case 2]}", code=1)
+    other = ("--index", "other.json", "--set", "data.split={train: [case 1], test: [case 2]}")
+    assert "trained on case 2 of clinic; test on other videos" in work.do("evaluate", *other, code=2)
+    work.do("evaluate", *other, "--set", "data.allow_overlap=true", code=1)
     assert work.json("runs/r/summary.json") == summary
     assert (work.folder / "runs/r/MODEL_CARD.md").read_text() == card
     assert work.json("runs/r/evaluate/other-test/metrics.json")["videos"] == ["case 2"]
