@@ -132,7 +132,8 @@ class TimedRows:
         ends = self.scale.rows(self.start + step, extent)
         stride = max(int((ends - starts).max()), 1)
         # Rows have different numbers of frames. Where the next one is missing, a row without a label ends the last.
-        is_missing = ends < np.append(starts[1:], extent.frame_count - stride)
+        last = extent.frame_count - stride * (extent.times_s is None)  # at a constant rate, spans differ by a frame
+        is_missing = ends < np.append(starts[1:], last)
         gaps = ends[is_missing & (np.ptp(ends - starts) > 0)]
         if not len(gaps):
             return LabelTrack(starts, self.labels, stride, self.places)
