@@ -20,14 +20,18 @@ from configs.schema import MAIN_TRACK, MAX_FPS, OmitsDefaults
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet evaluates CSV cells that start with one of these
 _HUMP = re.compile(r"(?<=[a-z])(?=[A-Z])")
 _BREAK = re.compile(r"[\s_\-\u2010-\u2015/,.]+")
+_SIGNED = re.compile(r"\s*[-\u2010-\u2015.]\s*(\d[\d.,]*)\s*")  # -1, -1.0, .5
 
 
 def folded_name(name: str) -> str:
     """Return a form of a class name that is the same for all its spellings.
 
     Case, blanks, hyphens, underscores, "and" and "&" make no difference: "clipping & cutting", "Clipping-and-cutting"
-    and "ClippingCutting" are equal. Separated numbers stay separate: "Step 1-1" and "Step 11" differ.
+    and "ClippingCutting" are equal. Separated numbers stay separate: "Step 1-1" and "Step 11" differ. So do "-1" and
+    "1", since -1 often means "no label".
     """
+    if _SIGNED.fullmatch(name):
+        return re.sub(r"\s", "", name).replace("\u2013", "-")
     text = _HUMP.sub(" ", unicodedata.normalize("NFKC", name).replace("&", " and ")).casefold()
     words = [word for word in _BREAK.split(text) if word]
     kept = [word for word in words if word != "and"] or words

@@ -155,6 +155,7 @@ def tree_seeds() -> list[bytes]:
         {"annotations": vectors},
         {"images": images, "annotations": labels, "categories": kinds},
         {"frames": [{"t": 0, "tools": ["Hook"]}, {"t": 1.0, "tools": []}, {"t": 2, "tools": "Grasper"}]},
+        {"annotations": {"0": [[1, 2, 0], {"label": 1}, 5]}, "frames": [{"t": 0, "tools": ["Hook"]}]},
     ]
     return [json.dumps(tree).encode() for tree in trees]
 

@@ -64,6 +64,7 @@ def read_label_studio_records(content: bytes, path: Path, source: LabelSource) -
     return _columns(rows, [one.place for one in regions], notes, _LABEL_STUDIO_COLUMNS)
 
 
+_TICK_S = 0.001  # ELAN's times are in milliseconds, also in a file whose times are all whole seconds
 _EAF_COLUMNS = ("video", "tier", "track", "label", "start", "end", "annotator", "participant", "confidence")
 _LABEL_STUDIO_COLUMNS = ("video", "track", "tier", "label", "start", "end", "annotator", "kind", "confidence")
 
@@ -86,7 +87,8 @@ def _bounds(region: Region, path: Path, source: LabelSource) -> tuple[float, flo
 
 
 def _columns(rows: list[dict[str, Any]], places: list[str], notes: list[str], names: tuple[str, ...]) -> Records:
-    return Records({name: [row[name] for row in rows] for name in names}, places, notes=tuple(notes))
+    columns = {name: [row[name] for row in rows] for name in names}
+    return Records(columns, places, notes=tuple(notes), tick_s=_TICK_S)
 
 
 READERS.register("eaf", read_eaf_records)

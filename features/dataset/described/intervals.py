@@ -191,8 +191,8 @@ class TimedLabels:
             for tool, begin, end in zip(self.classes.tolist(), first.tolist(), stop.tolist(), strict=True):
                 labels[begin:end, tool] = 1
         else:
-            if self.overlaps == "refuse":
-                self._refuse_overlaps(path, first, stop)
+            for alike in self._equally_important():
+                self._refuse_overlaps(path, first, stop, alike)
             labels = np.full(extent.frame_count, self.gap, dtype=np.int8)
             for at in self._painting_order().tolist():
                 labels[first[at] : stop[at]] = self.classes[at]
@@ -212,9 +212,9 @@ class TimedLabels:
                     "video"
                 )
 
-    def _refuse_overlaps(self, path: Path, first: Frames, stop: Frames) -> None:
-        """Raise UserError if two intervals with different labels share a frame."""
-        order = np.argsort(first, kind="stable")
+    def _refuse_overlaps(self, path: Path, first: Frames, stop: Frames, alike: Frames) -> None:
+        """Raise UserError if two intervals with different labels, of those in `alike` (M,), share a frame."""
+        order = alike[np.argsort(first[alike], kind="stable")]
         if (first[order][1:] >= np.maximum.accumulate(stop[order])[:-1]).all():
             return  # none overlap
         reaching: dict[int, int] = {}  # by class: the interval that ends last among those that begin earlier
@@ -222,23 +222,38 @@ class TimedLabels:
             mine = int(self.classes[at])
             for other, longest in reaching.items():
                 if other != mine and first[at] < min(stop[longest], stop[at]):
+                    equal = "" if self.overlaps == "refuse" else " and counts as much by its `overlaps`"
                     raise UserError(
-                        f"{path}: {self.places[at]} overlaps {self.places[longest]}, which has another label; correct "
-                        "them, choose an annotator with `where`, or say which counts with `overlaps`, in `labels` of "
-                        "the data set's description"
+                        f"{path}: {self.places[at]} overlaps {self.places[longest]}, which has another label{equal}; "
+                        "correct them, choose an annotator with `where`, or say which counts with `overlaps`, in "
+                        "`labels` of the data set's description"
                     )
             if mine not in reaching or stop[at] > stop[reaching[mine]]:
                 reaching[mine] = at
 
-    def _painting_order(self) -> NDArray[np.int64]:
+    def _importance(self) -> Numbers:
+        """Return what decides which of several intervals counts, (N, 2): the first number, and if equal the second.
+
+        The larger one counts. All are equal if overlaps are refused.
+        """
+        rank, length = np.zeros(len(self.start)), np.round(self.end - self.start, 6)  # decimals differ inexactly
+        if isinstance(self.overlaps, tuple):  # the classes that count most; the others as with `inner`
+            ranks = {number: len(self.overlaps) - at for at, number in enumerate(self.overlaps)}
+            rank = np.array([ranks.get(number, 0) for number in self.classes.tolist()], dtype=np.float64)
+            return np.stack([rank, -length], axis=1)
+        rules = {"inner": -length, "outer": length, "first": -self.start, "last": self.start}
+        return np.stack([rank, rules.get(self.overlaps, rank)], axis=1)
+
+    def _equally_important(self) -> list[Frames]:
+        """Return the groups of two or more intervals of which none counts more than the others."""
+        _, group, count = np.unique(self._importance(), axis=0, return_inverse=True, return_counts=True)
+        order = np.argsort(group.reshape(-1), kind="stable")
+        return [alike for alike in np.split(order, np.cumsum(count)[:-1]) if len(alike) > 1]
+
+    def _painting_order(self) -> Frames:
         """Return the intervals (N,) in the order in which they are painted over each other."""
-        at, length = np.arange(len(self.start)), self.end - self.start
-        if isinstance(self.overlaps, tuple):  # the classes that count most come last; the others as with `inner`
-            rank = {number: len(self.overlaps) - at for at, number in enumerate(self.overlaps)}
-            ranks = np.array([rank.get(number, 0) for number in self.classes.tolist()], dtype=np.int64)
-            return np.lexsort((at, -length, ranks))
-        keys = {"inner": (at, -length), "outer": (at, length), "first": (-at, -self.start)}
-        return np.lexsort(keys.get(self.overlaps, (at, self.start)))
+        rank, then = self._importance().T
+        return np.lexsort((then, rank))
 
 
 def _in_frames(number: float, scale: TimeScale, fps: float) -> int:

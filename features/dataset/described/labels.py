@@ -29,7 +29,7 @@ _MAX_DIGITS = 15  # float64 represents every such integer
 _CLOCK = re.compile(r"(?:([0-9]{1,6}):)?([0-9]{1,6}):([0-9]{1,2}(?:[.,][0-9]+)?)")
 _NUMBER = re.compile(rf"[0-9]{{1,{_MAX_DIGITS}}}(\.0+)?")
 _PER_SECOND = {"second": 1.0, "clock": 1.0, "millisecond": 1000.0}
-_UNLABELLED = ("", "-1", "nan", "NaN", "NA", "None", "null")
+_UNLABELLED = ("", "-1", "-1.0", "nan", "NaN", "NA", "None", "null")
 
 
 def records_by_video(content: bytes, path: Path, source: LabelSource, spec: DataSetSpec) -> dict[str | None, Records]:
@@ -213,7 +213,7 @@ def _numbers(
         at = int(np.argmin(values >= 0))
         what = "a time such as 00:12:34.500" if source.unit == "clock" else "a number"
         raise UserError(f"{path}: {records.places[at]}: {key} is {_shown(cells[at])}, not {what}")
-    return values, 10.0 ** -max(map(_decimals, texts), default=0) / _PER_SECOND[source.unit]
+    return values, records.tick_s or 10.0 ** -max(map(_decimals, texts), default=0) / _PER_SECOND[source.unit]
 
 
 def _shown(cell: Any) -> str:

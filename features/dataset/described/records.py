@@ -53,13 +53,15 @@ class Records:
 
     `columns` has the N values of each named column; `numbered` has them in the order of the columns, for columns that
     are named by number. Values are texts, or whatever JSON holds. `places` (N,) says where each record is. `notes` are
-    about the whole file, for the user.
+    about the whole file, for the user. `tick_s` is how exactly its times are written, if the format says so; otherwise
+    it follows from their digits.
     """
 
     columns: Mapping[str, Sequence[Any]]
     places: Sequence[str]
     numbered: Sequence[Sequence[Any]] = field(default=())
     notes: Sequence[str] = ()
+    tick_s: float | None = None
 
     def column(self, name: Column, path: Path, key: str) -> Sequence[Any]:
         """Return the values (N,) of a column. Raises UserError naming `path` and the setting `key` if it is missing."""
@@ -86,6 +88,7 @@ class Records:
             places_at(self.places, keep),
             [taken[id(values)] for values in self.numbered],
             self.notes,
+            self.tick_s,
         )
 
     def parsed(self, source: LabelSource, path: Path) -> Records:
@@ -216,6 +219,8 @@ def read_json_records(content: bytes, path: Path, source: LabelSource) -> Record
     found = list(_walk(tree, (source.records or "").split("."), {}, "", path))
     joined = _joined(tree, found, source, path) if source.join else found
     widths = {len(record) for _, record, _ in joined if isinstance(record, list)}
+    if odd := [place for place, record, _ in joined if widths and not isinstance(record, list)]:
+        raise UserError(f"{path}: {odd[0]} is no list, unlike other records at {source.records}")
     if len(widths) > 1:
         raise UserError(f"{path}: the records at {source.records} are lists of {min(widths)} to {max(widths)} entries")
     shapes = dict.fromkeys((*keys, *(record if isinstance(record, dict) else ())) for _, record, keys in joined)

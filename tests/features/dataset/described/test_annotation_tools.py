@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,15 @@ def test_labels_come_back_to_the_frame(data: st.DataObject) -> None:
         for fields in ({}, {"unit": "source"}, {"unit": "sample", "rate": float(film.fps)}):
             found = read_back(json.dumps(tasks).encode(), "video01.json", film, format="labelstudio", **fields)
             assert (fields, found) == (fields, labels)
+
+
+def test_times_of_elan_are_milliseconds_even_if_all_are_whole_seconds() -> None:
+    """At 29.97 fps a label from 20 s begins with frame 600, the first one shown later, whatever the others' times."""
+    film = Film(tuple(Fraction(frame * 1001, 30000) for frame in range(1200)), Fraction(1200 * 1001, 30000), True)
+    for end in (40.0, 40.001):
+        phases = (Interval("phase", CLASSES[0], 0.0, 20.0), Interval("phase", CLASSES[1], 20.0, end))
+        text = eaf_text(VideoAnnotations("video01", phases, 30000 / 1001, "video01.mp4"), Losses())
+        assert read_back(text.encode(), "video01.eaf", film, format="eaf").index(1) == 600
 
 
 @settings(max_examples=20, deadline=None)

@@ -87,6 +87,36 @@ def test_nested_intervals(overlaps: object, middle: int) -> None:
         labels_of(content, **options)
 
 
+@pytest.mark.parametrize("overlaps", ["inner", "outer", "first", "last", ["C"]])
+def test_intervals_of_which_none_counts_more_are_refused(overlaps: object) -> None:
+    """0.1 + 0.2 is not 0.3: lengths are compared as the decimals that they are."""
+    content = "0.3,0.4,A\n0.4,0.5,C\n0.6,1.9,A\n0.8,2.1,B\n"
+    if overlaps in ("first", "last"):
+        content = "0,1.2,A\n0,1.3,B\n"
+    options = {"delimiter": "comma", "header": False, "form": "intervals", "unit": "second", "overlaps": overlaps}
+    with pytest.raises(UserError, match=r"line [24] overlaps line [13], which has another label and counts as much"):
+        labels_of(content, columns={"start": 1, "end": 2, "label": 3}, **options)
+
+
+@pytest.mark.parametrize("none", ["-1", "-1.0"])
+@pytest.mark.parametrize(
+    ("naming", "expected"),
+    [
+        ({"meaning": {"0": "A", "1": "B", "2": "C"}}, [0, -1, 1]),
+        ({"meaning": {"0": "A", "1": "B", "-1": "C", "-1.0": "C"}}, [0, 2, 1]),
+        ({"numbers_from": 0}, [0, -1, 1]),
+        ({}, [0, -1, 1]),
+    ],
+)
+def test_minus_one_is_no_label_unless_a_class_is_called_so(naming: dict, expected: list[int], none: str) -> None:
+    content = f"start\tlabel\n0\t0\n1\t{none}\n2\t1\n"
+    source = LabelSource.model_validate({"files": r"(?P<id>\d+)\.txt", "columns": {"label": "label"}, **naming})
+    spec = spec_of(source, phase_aliases={} if naming else {"0": "A", "1": "B", "2": "C"})
+    track = parse_described(records_by_video(content.encode(), FILE, source, spec)[None], FILE, source, "phase", spec)
+    assert isinstance(track, LabelTrack)
+    assert track.labels.tolist() == expected
+
+
 def test_clock_times_gaps_and_inclusive_ends() -> None:
     content = "start,end,label\n00:00:00.000,00:00:01.000,A\n0:02,0:03.960,B\n"
     options = {"delimiter": "comma", "form": "intervals", "unit": "clock", "columns": Columns(end="end", label="label")}
@@ -168,10 +198,13 @@ def test_a_frame_of_no_interval_shows_no_tool_and_tools_may_overlap() -> None:
         ('{"rows": [{"start": 1e300, "label": "A", "who": 1}]}', "rows[0]: columns.start is '1e+300', not a whole"),
         ('{"rows": {"a": {"start": 0, "label": "D", "who": 1}}}', "has no column 'who' for where.who"),
         ('{"row": []}', "the whole file has no rows (it has row)"),
+        ('{"rows": {"*": [[1, 2], {"start": 0, "label": "A"}, 5]}}', "rows.*[1] is no list, unlike other records"),
+        ('{"rows": {"*": [5, [1, 2]]}}', "rows.*[0] is no list, unlike other records"),
     ],
 )
 def test_faults_in_json_are_named_with_their_path(content: str, message: str) -> None:
-    options = {"format": "json", "records": "rows", "unit": "source", "columns": {"label": "label"}}
+    records = "rows.*.*" if "*" in content else "rows"
+    options = {"format": "json", "records": records, "unit": "source", "columns": {"label": "label"}}
     with pytest.raises(UserError, match="labels: ") as raised:
         labels_of(content, where={"who": 1}, **options)
     assert message in str(raised.value)
