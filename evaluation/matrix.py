@@ -111,7 +111,8 @@ class _Found:
     def overlap(self, place: MatrixPlace) -> bool:
         """Whether the run was trained on these videos. Raises UserError unless the settings allow it."""
         tested = {name: video.source for name, video in self.truth.videos.items()}
-        own, run = self.path.name == place.folder, str(self.path.parent.parent)
+        run = str(self.path.parent.parent)
+        own = self.path.name == place.folder and place.split != "test"  # a training video is never a test video
         return require_separate(self.trained, self.truth.spec.name, tested, run, place.allow_overlap, own=own)
 
 

@@ -169,12 +169,9 @@ def extract(
     _record_faults(report, dataset)
     report.seconds = round(time.monotonic() - started, 3)
     if stage:
-        made_by = {
-            "encoder_digest": encoder.spec.digest,
-            "precision": encoder.spec.precision,
-            "device": encoder.device_name,
-        }
-        _finish(stage, report.to_json(f"{shard[0]}/{shard[1]}", made_by), shard, index)
+        made_by = {"encoder_digest": encoder.spec.digest, "device": encoder.device_name}
+        result = report.to_json(f"{shard[0]}/{shard[1]}", made_by | {"precision": encoder.spec.precision})
+        _finish(stage, result, shard, index)
     return report
 
 

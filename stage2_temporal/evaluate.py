@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from evaluation.metrics import plugin_names
 from evaluation.metrics.results import HEAD, METRICS_FILE, Evaluation, read_evaluation
 from features.dataset.catalogue import known_root, say_left_out
 from features.dataset.index import Index
-from features.dataset.trained_on import require_separate_split
+from features.dataset.trained_on import is_own_index, require_separate_split
 from features.frames.preprocess import require_extracted
 from features.frames.settings_match import require_features_of
 from features.store import VideoFeatures, feature_path, recorded_encoder
@@ -78,24 +79,19 @@ def evaluate_run(
     chosen_inference(inference, about.inference, model, temporal)
     if about.encoder:
         require_features_of(about.encoder, config, given, temporal / BEST_FILE)
-    out = run / "evaluate" / folder_name(split, inference, index_file, *([mapping.stem] if mapping else []))
-    if mapping and not about.tool_inputs:
-        config = config.model_copy(update={"extract": config.extract.model_copy(update={"tool_head": False})})
-    folder, index = _own_features(config, run, features, given) if index_file is None else (out, _index_in(index_file))
-    # before features are extracted, which may take hours
-    require_separate_split(temporal, index, split, config.data.allow_overlap, own=index_file is None)
+    source = _Source(config, run, split, features, inference, mapping)
+    folder, index, out = source.own(given) if index_file is None else source.other(index_file)
     common = PhaseMapping.read(mapping, about.dataset, about.phases, index) if mapping else None
     if common is None:
         _require_same_phases(about, index, index_file or folder / INDEX_FILE, temporal)
     if index_file is not None:
-        folder, index = _other_features(config, run, index_file, out / "features", features, stop, about)
+        folder, index = source.extracted(index_file, out / "features", about, stop)
     videos = _load(folder, index, split)
     _require_compatible(about, folder, index, videos, temporal, same_classes=common is None)
     say_left_out(index)
 
-    majority, thresholds = recorded_majority(temporal / RESULT_FILE, required=True), _thresholds(folder, index)
-    tracks = () if common else about.further_tracks
-    identity = _identity(temporal, videos, index, split, inference, majority, thresholds, tracks, common).digest
+    thresholds, tracks = _thresholds(folder, index), () if common else about.further_tracks
+    identity = _identity(temporal, videos, index, split, inference, thresholds, tracks, common).digest
     fps = float(next(iter(videos.values())).attributes["fps"])
     labels = GroundTruth(index, split, fps, videos, known_root(config), tracks)
     truth = common.of_truth(labels) if common else labels
@@ -103,45 +99,80 @@ def evaluate_run(
     if evaluation is not None:
         say(f"{out}: unchanged")
     else:
-        probabilities = _probabilities(config, temporal, videos, inference, stop)
-        predicted = Predicted(
-            probabilities=probabilities.pop(MAIN_TRACK),
-            tool_logits=_tool_logits(videos),
-            majority=majority,
-            thresholds=thresholds,
-            tracks=_of_tracks(temporal, probabilities),
-        )
-        if common:
-            predicted = common.of_predicted(predicted)
-        evaluation = score_and_write(
-            out,
-            truth,
-            predicted,
-            identity_sha256=identity,
-            encoder=_encoder(videos),
-            mapping=common.to_json() if common else None,
-        )
+        predicted = _predicted(config, temporal, videos, inference, thresholds, common, stop)
+        record, encoder = common.to_json() if common else None, _encoder(videos)
+        evaluation = score_and_write(out, truth, predicted, identity_sha256=identity, encoder=encoder, mapping=record)
     report(run, out, truth, evaluation)
     return evaluation
 
 
-def _own_features(config: Config, run: Path, named: Path | None, given: GivenKeys) -> tuple[Path, Index]:
-    """The run's feature folder, or the one that the user named, and its index.
+@dataclass(frozen=True)
+class _Source:
+    """Where the tested videos come from, and what the user asked for; `features` is the feature folder named.
 
-    Raises UserError if `--set` names an index whose videos or splits differ from those of the features.
+    `own` and `other` return the feature folder, its index and the folder of the results. They raise UserError if videos
+    of the training would be tested, before features are extracted, which may take hours.
     """
-    folder, asked_for = find_feature_folder(named, run, config.extract.store), config.data.index
-    index = usable_index(folder)
-    if "data.index" in given.by_set and asked_for.is_file():
-        indices = (index, Index.load(asked_for))
-        known, asked = ({v.id: (v.split, v.sha256_ends) for v in one.videos} for one in indices)
-        if any(asked.get(name) != video for name, video in known.items()):
-            raise UserError(
-                f"data.index={asked_for}: has other videos or splits than the features in {folder}; give this index "
-                "with --index to extract features for it"
-            )
-    index.require_excluded(config.data.exclude, folder)
-    return folder, index
+
+    config: Config
+    run: Path
+    split: str
+    features: Path | None
+    inference: Inference | None
+    mapping: Path | None
+
+    def own(self, given: GivenKeys) -> tuple[Path, Index, Path]:
+        """The run's feature folder, or the one that the user named, which counts as another index if it has one.
+
+        Raises UserError if `--set` names an index whose videos or splits differ from those of the features.
+        """
+        config = self.config
+        folder, asked_for = find_feature_folder(self.features, self.run, config.extract.store), config.data.index
+        index = usable_index(folder)
+        if "data.index" in given.by_set and asked_for.is_file():
+            indices = (index, Index.load(asked_for))
+            known, asked = ({v.id: (v.split, v.sha256_ends) for v in one.videos} for one in indices)
+            if any(asked.get(name) != video for name, video in known.items()):
+                raise UserError(
+                    f"data.index={asked_for}: has other videos or splits than the features in {folder}; give this "
+                    "index with --index to extract features for it"
+                )
+        index.require_excluded(config.data.exclude, folder)
+        own = is_own_index(self.run / TEMPORAL_FOLDER, index)
+        self._require_separate(index, own=own)
+        if not own:
+            say(f"note: {folder}: other videos or splits than in the training, so evaluated as another index")
+        return folder, index, self._place(None if own else folder.name)
+
+    def other(self, index_file: Path) -> tuple[Path, Index, Path]:
+        """As `own`, for an index that the user named, before its missing features are extracted."""
+        index, out = _index_in(index_file), self._place(index_file.stem)
+        self._require_separate(index, own=False)
+        return out / "features", index, out
+
+    def extracted(self, index_file: Path, folder: Path, about: TemporalAbout, stop: StopRequest) -> tuple[Path, Index]:
+        """The feature folder for another index, and this index; the run's encoder extracts missing features."""
+        from features.dataset.catalogue import open_dataset
+        from stage1_cnn.extract import extract
+
+        if self.features is not None:
+            return self.features, with_recorded_faults(_index_in(index_file), self.features)
+        require_extracted((about.encoder or {}).get("preprocess"), str(self.run / TEMPORAL_FOLDER / BEST_FILE))
+        changed: dict[str, Any] = {"data": self.config.data.model_copy(update={"index": index_file})}
+        if self.mapping and not about.tool_inputs:
+            changed["extract"] = self.config.extract.model_copy(update={"tool_head": False})
+        config = self.config.model_copy(update=changed)
+        report = extract(config, self.run, open_dataset(config), folder=folder, stop=stop)
+        report.require_others_done()
+        return report.folder, usable_index(report.folder)
+
+    def _place(self, other: str | None) -> Path:
+        more = [self.mapping.stem] if self.mapping else []
+        return self.run / "evaluate" / folder_name(self.split, self.inference, other, *more)
+
+    def _require_separate(self, index: Index, *, own: bool) -> None:
+        allow = self.config.data.allow_overlap
+        require_separate_split(self.run / TEMPORAL_FOLDER, index, self.split, allow, own=own)
 
 
 def _load(folder: Path, index: Index, split: str) -> dict[str, VideoFeatures]:
@@ -157,29 +188,6 @@ def _encoder(videos: Mapping[str, VideoFeatures]) -> dict[str, Any]:
     """The description of the encoder that made the features, as the feature files record it, and its digest."""
     attributes = next(iter(videos.values())).attributes
     return {**recorded_encoder(attributes), "digest": str(attributes.get("encoder_digest"))}
-
-
-def _other_features(
-    config: Config,
-    run: Path,
-    index_file: Path,
-    out: Path,
-    features: Path | None,
-    stop: StopRequest,
-    about: TemporalAbout,
-) -> tuple[Path, Index]:
-    """The feature folder for another index, and this index; the run's encoder extracts missing features."""
-    from features.dataset.catalogue import open_dataset
-    from stage1_cnn.extract import extract
-
-    if features is not None:
-        return features, with_recorded_faults(_index_in(index_file), features)
-    require_extracted((about.encoder or {}).get("preprocess"), str(run / TEMPORAL_FOLDER / BEST_FILE))
-    data = config.data.model_copy(update={"index": index_file})
-    other = config.model_copy(update={"data": data})
-    report = extract(other, run, open_dataset(other), folder=out, stop=stop)
-    report.require_others_done()
-    return report.folder, usable_index(report.folder)
 
 
 def _index_in(index_file: Path) -> Index:
@@ -240,7 +248,6 @@ def _identity(
     index: Index,
     split: str,
     inference: Inference | None,
-    majority: int | None,
     thresholds: Mapping[str, float] | None,
     tracks: Sequence[str],
     common: PhaseMapping | None,
@@ -267,7 +274,7 @@ def _identity(
             "videos": labels,
             "split": split,
             "inference": inference,
-            "majority": majority,
+            "majority": recorded_majority(temporal / RESULT_FILE, required=True),
             "thresholds": thresholds,
             "left_out": index.left_out_records(),
             "plugins": plugin_names() or ABSENT,
@@ -310,6 +317,27 @@ def _probabilities(
                 for track, part in about.by_track(values).items():
                     found.setdefault(track, {}).setdefault(head, {})[name] = part
     return found
+
+
+def _predicted(
+    config: Config,
+    temporal: Path,
+    videos: Mapping[str, VideoFeatures],
+    inference: Inference | None,
+    thresholds: Mapping[str, float] | None,
+    common: PhaseMapping | None,
+    stop: StopRequest,
+) -> Predicted:
+    """The predictions of both heads, of every track, and of the majority class, in the common vocabulary if given."""
+    probabilities = _probabilities(config, temporal, videos, inference, stop)
+    predicted = Predicted(
+        probabilities=probabilities.pop(MAIN_TRACK),
+        tool_logits=_tool_logits(videos),
+        majority=recorded_majority(temporal / RESULT_FILE, required=True),
+        thresholds=thresholds,
+        tracks=_of_tracks(temporal, probabilities),
+    )
+    return common.of_predicted(predicted) if common else predicted
 
 
 def _of_tracks(

@@ -345,11 +345,11 @@ def summary_of(run: Path, truth: GroundTruth, evaluation: Evaluation) -> dict[st
     }
 
 
-def folder_name(split: str, inference: Inference | None, index_file: Path | None, *more: str) -> str:
+def folder_name(split: str, inference: Inference | None, other: str | None, *more: str) -> str:
     """The name of an evaluation's folder in `RUN/evaluate`.
 
-    It consists of the index's name if this is not the run's own, the split, the inference mode if the user asked for
-    one, and `more`.
+    It consists of the name of the index or feature folder if this is not the run's own, the split, the inference mode
+    if the user asked for one, and `more`.
     """
-    parts = [index_file.stem if index_file else None, split, inference, *more]
+    parts = [other, split, inference, *more]
     return "-".join(part for part in parts if part)

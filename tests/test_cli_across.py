@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from hashlib import sha256
 from pathlib import Path
 
@@ -167,3 +168,31 @@ def test_operations_of_the_training_are_not_tested_in_another_data_set(tmp_path:
     shown = succeed(["compare", "--matrix", "net", "--set", "data.allow_overlap=true", "--json", "m.json"], tmp_path)
     assert "*: trained on some of the test videos" in " ".join(shown.split())
     assert json.loads((tmp_path / "m.json").read_text())["rows"][0]["cells"]["cholect50"]["overlap"] is True
+
+
+def test_features_with_another_split_are_another_index(tmp_path: Path) -> None:
+    """They are refused with the training's videos, and otherwise leave the results of the run's own test alone."""
+    ids = [f"a{k}" for k in range(1, 7)]
+    make_data_set(tmp_path / "one", "first", ids, ("Early", "Middle", "Late"), 1)
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"temporal": small(), "device": "cpu"}))
+    words = ["--config", "own.yaml", "--name", "net"]
+    succeed(["train-temporal", *words, "--features", "one"], tmp_path)
+    succeed(["evaluate", *words, "--features", "one"], tmp_path)
+    kept = {path: path.read_bytes() for path in (tmp_path / "runs/net").rglob("*") if path.is_file()}
+    index = Index.load(tmp_path / "two/index.json")
+    for splits, code in ((["test", "test", "train", "train", "val", "none"], 2), (["none"] * 3 + ["test"] * 3, 0)):
+        entries = (one.model_copy(update={"split": part}) for one, part in zip(index.videos, splits, strict=True))
+        index.model_copy(update={"videos": tuple(entries)}).save(tmp_path / "two/index.json")
+        done = run(["evaluate", *words, "--features", "two"], tmp_path)
+        assert done.returncode == code, done.stderr
+        assert ("trained on a1 of first" if code else "two: other videos or splits than in the training") in done.stderr
+        assert {path: path.read_bytes() for path in kept} == kept
+    assert sorted(path.name for path in (tmp_path / "runs/net/evaluate").iterdir()) == ["test", "two-test"]
+    truth = json.loads((tmp_path / "runs/net/evaluate/test/truth.json").read_text())
+    truth["videos"]["a1"] = truth["videos"].pop("a4")  # as an evaluation of an earlier version may have written it
+    (tmp_path / "runs/net/evaluate/test/truth.json").write_text(json.dumps(truth))
+    shutil.rmtree(tmp_path / "runs/net/evaluate/two-test")
+    done = run(["compare", "--matrix", "net"], tmp_path)
+    assert done.returncode == 2
+    assert "trained on a1 of first; test on other videos" in done.stderr

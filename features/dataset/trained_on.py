@@ -17,8 +17,9 @@ from configs.load import known_overlaps
 from engine.files import read_json_object, write_json
 from engine.progress import say
 from engine.records import Record
-from engine.runs import IDENTITY_FILE
+from engine.runs import IDENTITY_FILE, RESULT_FILE
 from features.dataset.index import Index, VideoEntry
+from features.ids import id_key
 
 TRAINED_ON = "trained_on.json"
 
@@ -76,20 +77,41 @@ def inherited_from(folders: Iterable[Path], index: Index, allow: bool) -> list[T
     """
     found = []
     for folder in dict.fromkeys(folders):
-        inherited = trained_on(folder)
-        require_separate(inherited, index.dataset.name, _hashes(index.by_split("test")), str(folder), allow)
+        inherited, own = trained_on(folder), is_own_index(folder, index)
+        require_separate(inherited, index.dataset.name, _hashes(index.by_split("test")), str(folder), allow, own=own)
         found += inherited
     return found
+
+
+def is_own_index(folder: Path, index: Index) -> bool:
+    """Whether the weights in `folder` were trained with this index: with its training and validation videos, no others.
+
+    Videos that the training or, by now, the index leaves out do not count. It counts as own if the training's videos
+    are not known.
+    """
+    own = next(iter(trained_on(folder)), None)  # `record_training` puts the training itself first
+    if own is None:
+        return True
+    used = _hashes((*index.by_split("train"), *index.by_split("val")))
+    missing = own.videos.keys() - used.keys() - {video.id for video in index.left_out}
+    result = folder / RESULT_FILE
+    unused = {one["id"] for one in read_json_object(result).get("left_out", ())} if result.is_file() else set()
+    same = all(own.videos.get(one) in ("", source) for one, source in used.items() if one not in unused)
+    return own.dataset == index.dataset.name and same and not missing
 
 
 def require_separate_split(folder: Path, index: Index, split: str, allow: bool, *, own: bool) -> None:
     """Raise UserError as `require_separate` does if the weights in `folder` are tested on a split of an index.
 
-    In the run's `own` index, a user may ask for training videos, so only the videos of the test split count.
+    In the run's `own` index (`is_own_index`), a user may ask for training videos, so only the videos of the test split
+    count.
     """
     chosen = index.videos if split == "all" else index.by_split(split)
     tested = [entry for entry in chosen if not own or entry.split == "test"]
-    require_separate(trained_on(folder), index.dataset.name, _hashes(tested), str(folder), allow, own=own)
+    trained, dataset = trained_on(folder), index.dataset.name
+    if not (trained or own):
+        say(f"note: {folder}: does not record its training videos, so videos of {dataset} may be among them")
+    require_separate(trained, dataset, _hashes(tested), str(folder), allow, own=own)
 
 
 def _hashes(entries: Iterable[VideoEntry]) -> dict[str, str]:
@@ -109,9 +131,10 @@ def require_separate(
 
     `tested` has the hash of each video's ends by its id. Returns whether there is such an operation, which is allowed.
     Operations of two data sets are the same if the list of overlaps says so or if the recordings have equal hashes.
-    Within one data set, they are if id and hash are equal: another index may use a training video for testing. With
-    `allow`, that is a note, and so are data sets of which operations may be shared. With `own`, the videos are those of
-    the run's own index, whose data set is not compared with itself. `where` names the weights in messages.
+    Within one data set, they are if id or hash are equal: another index may use a training video for testing, and
+    another copy has other bytes. With `allow`, that is a note, and so are data sets of which operations may be shared.
+    With `own`, the videos are those of the run's own index, whose data set is not compared with itself. `where` names
+    the weights in messages.
     """
     found = False
     for one in trained:
@@ -119,7 +142,8 @@ def require_separate(
         if pairs:
             (theirs, ours), more = pairs[0], len(pairs) - 1
             others = f" (and {more} more operation{'s' * (more != 1)})" if more else ""
-            same = f", which is the same operation as {ours} of {dataset}" if one.dataset != dataset else ""
+            known = one.dataset == dataset and theirs == ours
+            same = "" if known else f", which is the same operation as {ours} of {dataset}"
             problem = f"trained on {theirs} of {one.dataset}{same}{others}"
             if not allow:
                 raise UserError(
@@ -134,15 +158,16 @@ def require_separate(
 
 
 def _same_operations(trained: TrainedOn, dataset: str, tested: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Return the pairs of a training video and a tested one that are the same operation."""
-    if trained.dataset == dataset:
-        return [(one, one) for one, source in tested.items() if trained.videos.get(one) == source]
+    """Return the tested videos that are a training video's operation, each as a pair of the training video and it."""
     by_hash = {source: video_id for video_id, source in trained.videos.items() if source}
-    pairs = {(by_hash[source], one): None for one, source in tested.items() if source in by_hash}
+    pairs = [(by_hash[source], one) for one, source in tested.items() if source in by_hash]
+    if trained.dataset == dataset:
+        by_id = {id_key(video_id): video_id for video_id in trained.videos}
+        pairs = [*((by_id[id_key(one)], one) for one in tested if id_key(one) in by_id), *pairs]
     for overlap in known_overlaps():
         if overlap.joins(trained.dataset, dataset):
-            pairs |= dict.fromkeys(overlap.shared(trained.dataset, list(trained.videos), list(tested)))
-    return list(pairs)
+            pairs += overlap.shared(trained.dataset, list(trained.videos), list(tested))
+    return [(theirs, ours) for ours, theirs in {ours: theirs for theirs, ours in reversed(pairs)}.items()][::-1]
 
 
 def possible_overlap(first: str, second: str) -> str:

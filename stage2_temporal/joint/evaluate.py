@@ -25,7 +25,7 @@ from evaluation.metrics.results import HEAD, Evaluation, JointDetails, ToolResul
 from features.dataset.catalogue import say_left_out
 from features.dataset.index import Dataset, Index, VideoEntry
 from features.dataset.labels import sampled_labels
-from features.dataset.trained_on import require_separate_split
+from features.dataset.trained_on import is_own_index, require_separate_split
 from features.frames.settings_match import require_preprocess_of
 from features.frames.training_cache import frames_identity, recorded_faults
 from stage2_temporal.joint.net import IMPORTED, JointAbout, JointNet, joint_checkpoint, load_joint
@@ -85,18 +85,12 @@ def evaluate_joint(
     index.entries_of(split, config.data.index)
     say_left_out(index)
     truth = GroundTruth(index, split, config.data.fps, {name: labels[name] for name in found}, dataset.root)
-    phases = {name: one.phase for name, one in found.items() if one.phase is not None}
-    predicted = Predicted(
-        probabilities={HEAD: phases} if phases else {},
-        tool_logits={name: one.tools for name, one in found.items() if one.tools is not None},
-        majority=recorded_majority(trained_in / RESULT_FILE),
-        thresholds=thresholds,
-    )
+    predicted = _predicted(found, recorded_majority(trained_in / RESULT_FILE), thresholds)
     crops = [config.joint.crops] if config.joint.crops != "centre" else []
     if common:
         truth, predicted = common.of_truth(truth), common.of_predicted(predicted)
     more = [*crops, *([mapping.stem] if mapping else [])]
-    out = run / "evaluate" / folder_name(split, inference, config.data.index if other else None, *more)
+    out = run / "evaluate" / folder_name(split, inference, config.data.index.stem if other else None, *more)
     evaluation = score_and_write(
         out,
         truth,
@@ -164,8 +158,22 @@ def _open(run: Path, config: Config, spec: DataSetSpec | None, inference: Infere
     return _Joint(path, net, about, config, mode, device, precision)
 
 
+def _predicted(
+    found: Mapping[str, Prediction], majority: int | None, thresholds: Mapping[str, float] | None
+) -> Predicted:
+    phases = {name: one.phase for name, one in found.items() if one.phase is not None}
+    return Predicted(
+        probabilities={HEAD: phases} if phases else {},
+        tool_logits={name: one.tools for name, one in found.items() if one.tools is not None},
+        majority=majority,
+        thresholds=thresholds,
+    )
+
+
 def _is_another(trained_in: Path, config: Config, index: Index) -> bool:
-    """Whether `data.index` is not the file that the net was trained with, and has other training videos."""
+    """Whether the index has other videos for training and validation than those with which the net was trained."""
+    if not is_own_index(trained_in, index):
+        return True
     identity, settings = trained_in / IDENTITY_FILE, trained_in / "config.yaml"
     if not (identity.is_file() and settings.is_file()):
         return False

@@ -16,6 +16,7 @@ from features.dataset.index import Index, VideoEntry
 from features.dataset.trained_on import (
     TrainedOn,
     inherited_from,
+    is_own_index,
     overlap_lines,
     record_training,
     require_separate_split,
@@ -99,9 +100,46 @@ def test_equal_recordings_are_found_in_unknown_data_sets_and_in_other_splits(tmp
         require_separate_split(folder, again, "test", False, own=False)
 
 
+def test_within_one_data_set_an_equal_id_or_an_equal_recording_is_enough(tmp_path: Path) -> None:
+    """A re-encoded copy or the frames of a video have other bytes, and a renamed copy has another id."""
+    folder = trained(tmp_path)
+    index = index_of("cholec80", test=["Video01", "video70"])
+    copies = [{"sha256_ends": "1" * 64}, {"sha256_ends": CHOLEC80.videos[1].sha256_ends}]
+    for at, same in enumerate(("video01 of cholec80, which is the same operation as Video01 of",
+                               "video02 of cholec80, which is the same operation as video70 of")):  # fmt: skip
+        one = index.model_copy(update={"videos": (index.videos[at].model_copy(update=copies[at]),)})
+        with pytest.raises(UserError, match=same):
+            require_separate_split(folder, one, "test", False, own=False)
+        with pytest.raises(UserError, match=same):
+            inherited_from([folder], one, False)
+
+
 def test_a_run_may_evaluate_its_own_training_videos(tmp_path: Path) -> None:
     for split in ("train", "all", "test"):
         require_separate_split(trained(tmp_path), CHOLEC80, split, False, own=True)
+
+
+def test_an_index_is_the_run_s_own_if_the_training_used_its_videos_and_no_others(tmp_path: Path) -> None:
+    folder, first = trained(tmp_path), CHOLEC80.videos[0]
+    changed = CHOLEC80.videos[0].model_copy(update={"sha256_ends": "1" * 64})
+    assert is_own_index(folder, CHOLEC80)
+    assert is_own_index(folder, CHOLEC80.without([(first.id, "cannot be read")]))
+    for other in (
+        index_of("cholec80", train=["video01", "video02"], test=["video03"], val=["video04"]),
+        index_of("cholec80", train=["video01", "video02", "video03", "video05"], val=["video04"]),
+        index_of("cholec80", test=["video01", "video02"]),
+        CHOLEC80.model_copy(update={"videos": (changed, *CHOLEC80.videos[1:])}),
+        CHOLECT50,
+    ):
+        assert not is_own_index(folder, other)
+    assert is_own_index(tmp_path, CHOLECT50)  # nothing is known about the training
+
+
+def test_a_note_says_if_the_training_videos_are_unknown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    require_separate_split(tmp_path, CHOLEC80, "test", False, own=True)
+    assert capsys.readouterr().err == ""
+    require_separate_split(tmp_path, CHOLEC80, "test", False, own=False)
+    assert "does not record its training videos, so videos of cholec80 may be among them" in capsys.readouterr().err
 
 
 def test_the_record_includes_the_trainings_that_it_started_from(tmp_path: Path, capsys) -> None:
