@@ -285,9 +285,9 @@ class DataSetSpec(OmitsDefaults):
                     "labels.tools: gaps and overlaps are not for tools, of which there may be several or none"
                 )
             if role != "tool" and (
-                source.separator or source.columns.labels or isinstance(source.columns.label, tuple)
+                source.separator or source.no_tool or source.columns.labels or isinstance(source.columns.label, tuple)
             ):
-                raise ValueError(f"labels.{name}: separator and several columns of labels are for tools")
+                raise ValueError(f"labels.{name}: separator, no_tool and several columns of labels are for tools")
         if missing := [name for name in self.tracks if name not in self.labels]:
             raise ValueError(f"labels.{missing[0]} must say where the labels of track {missing[0]} are")
         return self

@@ -117,6 +117,7 @@ class LabelSource(OmitsDefaults):
     )
     meaning: Texts = Field({}, description="class by label, for labels that are neither names nor plain numbers")
     no_label: tuple[Annotated[str, BeforeValidator(str)], ...] = Field((), description="labels that mean: not labelled")
+    no_tool: tuple[Annotated[str, BeforeValidator(str)], ...] = Field((), description="tools: names that mean: no tool")
     separator: str | None = Field(None, min_length=1, description="tools: what separates the names in a cell")
     gaps: str | None = Field(None, description="the class of frames without any label; otherwise they have none")
     overlaps: Literal["refuse", "inner", "outer", "first", "last"] | tuple[str, ...] = Field(

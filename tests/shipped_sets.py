@@ -226,6 +226,7 @@ def _pitvis(root: Path, spec: DataSetSpec) -> Truth:
         for at, pair in enumerate(pairs):
             for one in pair:
                 tools[at, one - 1] |= one > 0
+        tools[0] = -1  # out of the patient
         video(root / f"26531686/video_{number:02d}.mp4", fps=2)
         ids = [one + 1 if one >= 0 else -1 for one in steps.tolist()]
         rows = [f"{number},{at},{ids[at]},{one},{other}" for at, (one, other) in enumerate(pairs)]

@@ -158,8 +158,8 @@ class TimedLabels:
     With `inclusive`, the frame at `end` is the last one of the interval; otherwise it is the first one after it.
     `overlaps` says which of several intervals counts: "refuse", "inner", "outer", "first", "last", or classes of which
     the first counts most. Frames in no interval have the class `gap`, or no label if it is -1. With `tool_count`,
-    classes are tools; several may be present, and frames outside their intervals do not show them. `places` (N,) says
-    where each interval was read, for messages.
+    classes are tools; several may be present, frames outside their intervals do not show them, and frames in an interval
+    of class -1 have no label. `places` (N,) says where each interval was read, for messages.
     """
 
     start: Numbers
@@ -188,8 +188,9 @@ class TimedLabels:
         labels: NDArray[np.int8]
         if self.tool_count:
             labels = np.zeros((extent.frame_count, self.tool_count), dtype=np.int8)
-            for tool, begin, end in zip(self.classes.tolist(), first.tolist(), stop.tolist(), strict=True):
-                labels[begin:end, tool] = 1
+            for at in np.argsort(-self.classes, kind="stable").tolist():  # those without a label come last
+                tool = self.classes[at]
+                labels[first[at] : stop[at], tool if tool >= 0 else slice(None)] = 1 if tool >= 0 else -1
         else:
             for alike in self._equally_important():
                 self._refuse_overlaps(path, first, stop, alike)

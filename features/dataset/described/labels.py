@@ -298,12 +298,14 @@ def _labelled(
 ) -> tuple[NDArray[np.int64], NDArray[np.int8]]:
     """Return the records that have a label, and their classes, both (M,). A record of several tools counts for each.
 
-    With `keep`, records without a label are kept with class -1. Raises UserError for an unknown label.
+    A record that says that its tools are not labelled has class -1. With `keep`, records without a label are kept with class -1. Raises UserError for an unknown label.
     """
     if role == "tool":
         present = _present(records, path, source, spec)  # (N, K)
         at, tools = np.nonzero(present == 1)
-        return at.astype(np.int64), tools.astype(np.int8)
+        unknown = np.flatnonzero((present < 0).all(axis=1))
+        found = np.append(tools, np.full(len(unknown), -1)).astype(np.int8)
+        return np.append(at, unknown).astype(np.int64), found
     label = source.columns.label
     column: Column = "label" if label is None or isinstance(label, tuple) else label
     cells = records.column(column, path, "columns.label")
@@ -327,11 +329,11 @@ def _finder(source: LabelSource, role: str, spec: DataSetSpec) -> Callable[[str]
     known = class_ids(names, aliases) | {
         folded_name(label): class_ids(names, aliases)[folded_name(name)] for label, name in source.meaning.items()
     }
-    bare = set(source.no_label) | set(_UNLABELLED)
+    bare = set(_UNLABELLED)
 
     @functools.lru_cache(maxsize=4096)
     def find(text: str) -> int | str:
-        if text in source.no_label:
+        if text in source.no_label or text in source.no_tool:
             return -1
         if folded_name(text) in known and (source.numbers_from is None or text in source.meaning):
             return known[folded_name(text)]
@@ -350,7 +352,10 @@ def _finder(source: LabelSource, role: str, spec: DataSetSpec) -> Callable[[str]
 
 
 def _present(records: Records, path: Path, source: LabelSource, spec: DataSetSpec) -> NDArray[np.int8]:
-    """Return which tools each record shows, (N, K): 1, 0, or -1 for no label."""
+    """Return which tools each record shows, (N, K): 1, 0, or -1 for no label.
+
+    Where cells name tools, an empty one names none, and one of `no_label` makes all tools of its record unknown.
+    """
     label = source.columns.label
     naming: Sequence[Column] = source.columns.labels or (() if label is None or isinstance(label, tuple) else (label,))
     if not naming:
@@ -360,7 +365,7 @@ def _present(records: Records, path: Path, source: LabelSource, spec: DataSetSpe
             )
         columns: Sequence[Column] = label if isinstance(label, tuple) else _tool_columns(records, path, spec)
         values = {"0": 0, "0.0": 0, "1": 1, "1.0": 1, "True": 1, "False": 0, **dict.fromkeys(_UNLABELLED, -1)}
-        values |= dict.fromkeys(source.no_label, -1)
+        values |= dict.fromkeys(source.no_tool, 0) | dict.fromkeys(source.no_label, -1)
         present = np.empty((len(records), len(columns)), dtype=np.int8)
         for tool, name in enumerate(columns):
             texts = list(map(_text, records.column(name, path, "columns.label")))
@@ -373,14 +378,17 @@ def _present(records: Records, path: Path, source: LabelSource, spec: DataSetSpe
         return present
     find = _finder(source, "tool", spec)
     present = np.zeros((len(records), len(spec.tools)), dtype=np.int8)
+    unknown = np.zeros(len(records), dtype=bool)
     for column in naming:
         for at, cell in enumerate(records.column(column, path, "columns.label")):
-            for name in _names_in(cell, source):
-                found = find(_text(name))
+            for text in map(_text, _names_in(cell, source)):
+                unknown[at] |= text in source.no_label
+                found = find(text)
                 if isinstance(found, str):
                     raise UserError(f"{path}: {records.places[at]}: {found} (data set {spec.name})")
                 if found >= 0:
                     present[at, found] = 1
+    present[unknown] = -1
     return present
 
 

@@ -168,16 +168,16 @@ def test_an_offset_moves_numbers_of_frames_too() -> None:
 
 
 def test_a_frame_of_no_interval_shows_no_tool_and_tools_may_overlap() -> None:
-    content = "start,end,label\n0,2,Hook\n1,3,Grasper\n"
+    content = "start,end,label\n2.8,3.2,unknown\n0,2,Hook\n1,3,Grasper\n"
     source = LabelSource.model_validate(
         {"files": r"(?P<id>\d+)\.txt", "delimiter": "comma", "form": "intervals", "unit": "second"}
-        | {"columns": {"end": "end", "label": "label"}}
+        | {"columns": {"end": "end", "label": "label"}, "no_label": ["unknown"]}
     )
     spec = spec_of(source, tools=("Grasper", "Hook"), labels={"tools": source})
     track = parse_described(records_by_video(content.encode(), FILE, source, spec)[None], FILE, source, "tool", spec)
     assert isinstance(track, TimedLabels)
     shown = track.place(FILE, EXTENT).labels
-    assert shown[[0, 30, 60, 80]].tolist() == [[0, 1], [1, 1], [1, 0], [0, 0]]
+    assert shown[[0, 30, 60, 72, 85]].tolist() == [[0, 1], [1, 1], [1, 0], [-1, -1], [0, 0]]
 
 
 @pytest.mark.parametrize(
@@ -285,14 +285,15 @@ def test_several_columns_can_each_name_a_tool() -> None:
             "unit": "second",
             "columns": {"start": "time", "labels": ["first", "second"]},
             "numbers_from": 1,
-            "no_label": ["0", "-2"],
+            "no_label": ["-1"],
+            "no_tool": ["0", "-2"],
         }
     )
     spec = spec_of(LabelSource(files=r"(?P<id>\d+)\.txt"), tools=("P", "Q", "R"))
-    records = records_by_video(b"time,first,second\n0,1,-2\n1,3,2\n2,0,-2\n", FILE, source, spec)[None]
+    records = records_by_video(b"time,first,second\n0,1,-2\n1,3,2\n2,0,-2\n3,-1,-2\n", FILE, source, spec)[None]
     track = parse_described(records, FILE, source, "tool", spec)
     assert not isinstance(track, LabelTrack)
-    assert track.place(FILE, EXTENT).labels.tolist() == [[1, 0, 0], [0, 1, 1], [0, 0, 0]]
+    assert track.place(FILE, EXTENT).labels.tolist() == [[1, 0, 0], [0, 1, 1], [0, 0, 0], [-1, -1, -1]]
 
 
 @pytest.mark.parametrize(
@@ -333,7 +334,7 @@ def test_a_number_beyond_floats_in_a_file_of_several_videos_is_named() -> None:
         ({"records": "phases"}, "records is for format json"),
         ({"format": "json", "records": "phases", "header": False}, "header is for format table"),
         ({"form": "starts", "unit": "source", "origin": "auto"}, "origin must be 0 or 1 for form starts"),
-        ({"separator": "|"}, "labels.phases: separator and several columns of labels are for tools"),
+        ({"separator": "|"}, "labels.phases: separator, no_tool and several columns of labels are for tools"),
     ],
 )
 def test_options_without_effect_are_refused(given: dict, message: str) -> None:

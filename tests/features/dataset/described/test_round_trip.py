@@ -259,6 +259,8 @@ def test_tools(root: Path, data: st.DataObject) -> None:
         ]
         options |= TOOL_OPTIONS[kind] | ({} if "columns" in kind else spelling.options)
         used = [one["start"] for one in records]
+    if "no_label" in options:
+        options["no_tool"] = options.pop("no_label")
     assume(records and is_exact(numbering, used))
     written = data.draw(files(records, records[1:]))
     given = options.pop("columns", {})
