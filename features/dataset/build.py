@@ -275,7 +275,7 @@ def _labelled_entry(
     files: dict[str, Any] = {f"{role}_file": read[role].file for role in ("phase", "tool") if role in read}
     tracks = {role: read[role].file for role in spec.tracks if role in read}
     entry = entry.model_copy(update={**files, "track_files": {**entry.track_files, **tracks}})
-    notes = [note for one in read.values() for note in (*one.notes, *one.file.numbering.notes(one.path, extent))]
+    notes = [note for one in read.values() for note in one.notes_on(extent)]
     return entry, fitted, [*source_notes, *notes]
 
 

@@ -112,19 +112,23 @@ class LabelEnd:
     """How far a video's labels extend.
 
     `frame` is the first source frame after the last row, `stride` the largest stride among the annotation files, and
-    `first` the number of the first row.
+    `first` the number of the first row. With `is_least`, labels need not reach the end of the video: a start does not
+    tell how long its label lasts, and there may be nothing to label after the last interval.
     """
 
     frame: int
     stride: int
     first: int = 0
+    is_least: bool = False
 
     @classmethod
     def longest(cls, ends: Sequence[LabelEnd]) -> LabelEnd | None:
         """Return the end of all of a video's labels; None if there are none."""
+        ends = [one for one in ends if not one.is_least] or ends
         if not ends:
             return None
-        return cls(max(one.frame for one in ends), max(one.stride for one in ends), min(one.first for one in ends))
+        frame, stride = max(one.frame for one in ends), max(one.stride for one in ends)
+        return cls(frame, stride, min(one.first for one in ends), ends[0].is_least)
 
 
 def infer_layout(scan: FolderScan, spec: DataSetSpec, data: DataConfig, labels: LabelEnd | None) -> FolderLayout:
@@ -161,7 +165,7 @@ def infer_layout(scan: FolderScan, spec: DataSetSpec, data: DataConfig, labels: 
     layout = _layout("source", base, spacing, offset, spacing, scan)
     if labels is None or _as_long(layout, labels, spec):
         return layout
-    if data.row_fps == "auto":
+    if data.row_fps == "auto" and not labels.is_least:
         _refuse_common_rate(scan, layout, labels, spec)
     if data.frame_numbering == "auto":
         raise UserError(
@@ -177,7 +181,10 @@ def _as_long(layout: FolderLayout, labels: LabelEnd, spec: DataSetSpec) -> bool:
 
     The labels' rows may count source frames or, if their numbers are one apart, images or seconds.
     """
-    counted = [(layout.frame_count, 2 * max(layout.stride, labels.stride))]
+    slack = 2 * max(layout.stride, labels.stride)
+    if labels.is_least:
+        return labels.frame <= layout.frame_count + slack
+    counted = [(layout.frame_count, slack)]
     if labels.stride == 1:
         counted += [(layout.frame_count // layout.stride, 2), (round(layout.frame_count / spec.annotation_fps), 2)]
     return any(abs(length - labels.frame) <= slack for length, slack in counted)
@@ -274,6 +281,8 @@ def _step_of_length(scan: FolderScan, offset: int, spec: DataSetSpec, labels: La
     """
     if labels is None:
         raise UserError(f"{_ask(scan)} (there are no labels from which to infer this)")
+    if labels.is_least:
+        raise UserError(f"{_ask(scan)} (starts and intervals of labels do not tell how long the video is)")
     positions = int(scan.numbers[-1] - scan.numbers[0]) + 1 + offset
     nominal = max(round(spec.annotation_fps), 1)
     steps = [step for step in range(1, nominal) if nominal % step == 0]

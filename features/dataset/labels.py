@@ -103,6 +103,11 @@ class Annotation:
             return self.path, self.file.numbering.place(self.path, self.track, extent)
         return self.path, self.track.place(self.path, extent)
 
+    def notes_on(self, extent: Extent) -> list[str]:
+        """Return the notes on the file, and on how its labels fit the video."""
+        placing = self.track.notes(self.path, extent) if isinstance(self.track, TimedLabels) else []
+        return [*self.notes, *self.file.numbering.notes(self.path, extent), *placing]
+
     def numbered_by(self, data: DataConfig) -> DataConfig:
         """Return the settings of row numbers that hold for this file: those of its description, or else the user's."""
         if self.source is None:
@@ -114,7 +119,8 @@ class Annotation:
         """Return how far the labels reach in the source's frames, at the rate `fps`."""
         track = self.track
         if not isinstance(track, LabelTrack):
-            return LabelEnd(track.last_frame(fps), max(round(fps), 1))
+            is_least = isinstance(track, TimedLabels)
+            return LabelEnd(track.last_frame(fps), max(round(fps), 1), is_least=is_least)
         if self.source is not None and self.source.rate is not None:
             scale, origin = fps / self.source.rate, int(track.frame_index[0] == 1)
             return LabelEnd(round((track.end - origin) * scale), max(round(track.stride * scale), 1))

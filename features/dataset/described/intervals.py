@@ -18,6 +18,7 @@ from features.video.times import ROUNDING_S, same_rate
 BEYOND_S = 1.0
 # Times written this many frames apart, or more, are those of samples; times written more exactly are moments.
 _COARSE_FRAMES = 1.5
+_SUSPICIOUSLY_EARLY = 0.1  # a fraction of the video, in which all labels start if, say, seconds are read as frames
 _MOST = 2.0**52  # frames; float64 represents every integer below
 
 Numbers = NDArray[np.float64]
@@ -66,6 +67,12 @@ class TimeScale:
             return np.clip(numbers - self.origin, 0, _MOST).astype(np.int64)
         tolerance_s = 0.0 if self._is_coarse(extent) else self._tolerance_s(extent, 1.0)
         return _on_screen(self._seconds(numbers, extent) + tolerance_s, extent)
+
+    def before_s(self, numbers: Numbers, extent: Extent) -> Numbers:
+        """Return by how many seconds each number (N,) is before the first frame; 0 for those that are not."""
+        if self._counts_frames(extent):
+            return np.zeros(len(numbers))
+        return np.maximum(-self._seconds(numbers, extent), 0.0)
 
     def _counts_frames(self, extent: Extent) -> bool:
         return self._rate(extent) is None and not self.offset_s
@@ -158,8 +165,8 @@ class TimedLabels:
     With `inclusive`, the frame at `end` is the last one of the interval; otherwise it is the first one after it.
     `overlaps` says which of several intervals counts: "refuse", "inner", "outer", "first", "last", or classes of which
     the first counts most. Frames in no interval have the class `gap`, or no label if it is -1. With `tool_count`,
-    classes are tools; several may be present, frames outside their intervals do not show them, and frames in an interval
-    of class -1 have no label. `places` (N,) says where each interval was read, for messages.
+    classes are tools; several may be present, frames outside their intervals do not show them, and frames in an
+    interval of class -1 have no label. `places` (N,) says where each interval was read, for messages.
     """
 
     start: Numbers
@@ -180,8 +187,8 @@ class TimedLabels:
     def place(self, path: Path, extent: Extent) -> LabelTrack:
         """Return the label of each of the video's frames, as a track with one row per frame.
 
-        Raises UserError naming `path` and the place of an interval that begins or ends after the video, or that
-        overlaps another one with another label.
+        Raises UserError naming `path` and the place of an interval that begins or ends after the video, that ends
+        before it, or that overlaps another one with another label.
         """
         first, stop = self.scale.starts(self.start, extent), self.scale.stops(self.end, extent, self.inclusive)
         self._require_inside(path, first, stop, extent)
@@ -199,6 +206,26 @@ class TimedLabels:
                 labels[first[at] : stop[at]] = self.classes[at]
         return LabelTrack(np.arange(extent.frame_count, dtype=np.int64), labels, 1)
 
+    def notes(self, path: Path, extent: Extent) -> list[str]:
+        """Return notes on intervals that are cut or label no frame, and on starts that suggest another unit."""
+        first, stop = self.scale.starts(self.start, extent), self.scale.stops(self.end, extent, self.inclusive)
+        before_s, count, notes = self.scale.before_s(self.start, extent), len(self.start), []
+        early = before_s * extent.fps > 1.0
+        if early.any():
+            notes.append(
+                f"{path.name}: {early.sum()} of {count} labels begin before the first frame of {extent.name}, up to "
+                f"{before_s.max():.1f} s, and are cut there"
+            )
+        if short := int((~early & (stop <= first)).sum()):
+            notes.append(f"{path.name}: {short} of {count} labels end before the next frame and label none")
+        last = first.max(initial=0) / extent.frame_count
+        if count > 2 and np.isinf(self.end).any() and last < _SUSPICIOUSLY_EARLY:
+            notes.append(
+                f"{path.name}: all {count} labels begin in the first {max(last, 0.001):.1%} of {extent.name}; check "
+                "unit and rate in `labels` of the data set's description"
+            )
+        return notes
+
     def _require_inside(self, path: Path, first: Frames, stop: Frames, extent: Extent) -> None:
         last = extent.frame_count + max(round(BEYOND_S * extent.fps), extent.stride)
         ends_late = np.isfinite(self.end) & (stop > last)
@@ -212,6 +239,14 @@ class TimedLabels:
                     "`labels` of the data set's description, or whether these are the labels of another cut of the "
                     "video"
                 )
+        before_s = self.scale.before_s(self.end, extent)
+        if (before_s > BEYOND_S).any():
+            at = int(np.argmax(before_s > BEYOND_S))
+            raise UserError(
+                f"{path}: {self.places[at]} ends {before_s[at]:.1f} s before the first frame of {extent.name}; check "
+                "offset_s and zero in `labels` of the data set's description, or whether these are the labels of "
+                "another cut of the video"
+            )
 
     def _refuse_overlaps(self, path: Path, first: Frames, stop: Frames, alike: Frames) -> None:
         """Raise UserError if two intervals with different labels, of those in `alike` (M,), share a frame."""

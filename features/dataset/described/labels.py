@@ -298,14 +298,15 @@ def _labelled(
 ) -> tuple[NDArray[np.int64], NDArray[np.int8]]:
     """Return the records that have a label, and their classes, both (M,). A record of several tools counts for each.
 
-    A record that says that its tools are not labelled has class -1. With `keep`, records without a label are kept with class -1. Raises UserError for an unknown label.
+    A record that says that its tools are not labelled has class -1. With `keep`, records without a label are kept with
+    class -1. Raises UserError for an unknown label.
     """
     if role == "tool":
         present = _present(records, path, source, spec)  # (N, K)
-        at, tools = np.nonzero(present == 1)
+        shows, tools = np.nonzero(present == 1)
         unknown = np.flatnonzero((present < 0).all(axis=1))
-        found = np.append(tools, np.full(len(unknown), -1)).astype(np.int8)
-        return np.append(at, unknown).astype(np.int64), found
+        none = np.full(len(unknown), -1)
+        return np.append(shows, unknown).astype(np.int64), np.append(tools, none).astype(np.int8)
     label = source.columns.label
     column: Column = "label" if label is None or isinstance(label, tuple) else label
     cells = records.column(column, path, "columns.label")

@@ -587,6 +587,19 @@ def test_consecutive_numbers_without_labels_are_asked_about(tmp_path: Path) -> N
     assert layout(tmp_path, folder_fps=0.25, frame_numbering="sample").stride == 100
 
 
+def test_starts_and_intervals_do_not_tell_the_rate_of_images(tmp_path: Path) -> None:
+    """Of 100 s at 1 image per second, the last label may start at 20 s, as if there were 5 per second."""
+    folder(tmp_path, range(100))
+    started = LabelEnd(500, 25, is_least=True)
+    assert "(starts and intervals of labels do not tell how long the video is)" in ask(tmp_path, started)
+    assert layout(tmp_path, started, folder_fps=1).stride == 25
+    rows = LabelEnd(2500, 25)
+    assert layout(tmp_path, LabelEnd.longest([started, rows])).stride == 25
+    folder(tmp_path / "far", range(0, 2500, 25))
+    assert layout(tmp_path / "far", started).stride == 25
+    assert "do not last as long" in ask(tmp_path / "far", LabelEnd(5000, 25, is_least=True))
+
+
 def test_labels_of_another_length_are_asked_about(tmp_path: Path) -> None:
     folder(tmp_path, range(100))
     assert "(no usual rate fits the labels' length of 1000 frames)" in ask(tmp_path, LabelEnd(1000, 1))

@@ -159,6 +159,37 @@ def test_whole_seconds_are_samples_and_other_times_are_moments(starts: tuple, un
     assert found.index(1) == first
 
 
+def notes_on(content: str, **fields: object) -> list[str]:
+    source = LabelSource.model_validate({"files": r"(?P<id>\d+)\.txt", "delimiter": "comma", **fields})
+    spec = spec_of(source)
+    track = parse_described(records_by_video(content.encode(), FILE, source, spec)[None], FILE, source, "phase", spec)
+    assert isinstance(track, TimedLabels)
+    track.place(FILE, EXTENT)
+    return track.notes(FILE, EXTENT)
+
+
+def test_labels_before_the_first_frame_are_refused_or_cut_with_a_note() -> None:
+    content = "start,end,label\n10,12.5,A\n12.5,13,B\n"
+    options = {"form": "intervals", "unit": "second", "columns": {"end": "end", "label": "label"}, "gaps": "C"}
+    assert notes_on(content, offset_s=-10, **options) == []
+    [note] = notes_on(content, offset_s=-12, **options)
+    assert note == "labels: 1 of 2 labels begin before the first frame of video01.mp4, up to 2.0 s, and are cut there"
+    with pytest.raises(UserError, match=r"line 2 ends 487\.5 s before the first frame of video01\.mp4; check offset_s"):
+        notes_on(content, offset_s=-500, **options)
+    with pytest.raises(UserError, match=r"line 2 ends 12\.0 s before the first frame"):
+        notes_on("start,label\n0,A\n13,B\n15,C\n", form="starts", unit="second", offset_s=-25)
+
+
+def test_notes_say_if_intervals_label_nothing_or_all_labels_start_early() -> None:
+    options = {"form": "intervals", "unit": "second", "columns": {"end": "end", "label": "label"}}
+    [note] = notes_on("start,end,label\n0,1,A\n2,2,B\n", **options)
+    assert note == "labels: 1 of 2 labels end before the next frame and label none"
+    starts = {"form": "starts", "unit": "source", "columns": {"label": "label"}}
+    [note] = notes_on("start,label\n0,A\n1,B\n3,C\n", **starts)
+    assert note.startswith("labels: all 3 labels begin in the first 3.0% of video01.mp4; check unit and rate")
+    assert notes_on("start,label\n0,A\n1,B\n30,C\n", **starts) == []
+
+
 def test_an_offset_moves_numbers_of_frames_too() -> None:
     content = "start\tlabel\n0\tA\n50\tB\n"
     options = {"unit": "source", "columns": {"label": "label"}, "form": "starts"}
