@@ -100,25 +100,30 @@ class NamedSplit(OmitsDefaults):
     """A published split: lists of video ids or shell patterns (`workflow_video_*`), which must match a whole id.
 
     An entry with slashes (`*/train_gt/*`) is a shell pattern for the path, below the root, of a video or of one of its
-    files of labels. `listed_in` gives for each part a regular expression for the files of the user's copy that list the
-    part's videos: pickles of a mapping whose keys are the ids.
+    files of labels. `listed_in` gives for each part one or several regular expressions for the files of the user's copy
+    that list the part's videos: pickles of a mapping whose keys are the ids. Each expression must match a file if there
+    are videos that the others do not list.
     """
 
     OMITTED = frozenset({"listed_in"})
     train: tuple[str, ...] = ()
     val: tuple[str, ...] = ()
     test: tuple[str, ...] = ()
-    listed_in: dict[Literal["train", "val", "test"], str] = Field({})
+    listed_in: dict[Literal["train", "val", "test"], str | tuple[str, ...]] = Field({})
 
-    @field_validator("listed_in")
-    @classmethod
-    def _compile(cls, patterns: dict[str, str]) -> dict[str, str]:
-        for part, pattern in patterns.items():
+    @model_validator(mode="after")
+    def _compile(self) -> NamedSplit:
+        for part, pattern in ((one, pattern) for one in self.listed_in for pattern in self.patterns_of(one)):
             try:
                 file_pattern(pattern)
             except re.error as error:
                 raise ValueError(f"{part} is not a regular expression: {error}") from error
-        return patterns
+        return self
+
+    def patterns_of(self, part: Literal["train", "val", "test"]) -> tuple[str, ...]:
+        """The expressions of `listed_in` for a part."""
+        patterns = self.listed_in[part]
+        return (patterns,) if isinstance(patterns, str) else patterns
 
     @property
     def needs_copy(self) -> bool:

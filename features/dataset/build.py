@@ -78,7 +78,7 @@ def build_index(
     reasons = {printable(name): below_root(str(error), root) for name, error in faults} | excluded
     ids = [*(entry.id for entry in entries), *reasons]
     places = {entry.id: sorted(entry.paths) for entry in entries}
-    lists = published_lists(root, spec, data.split, places, ids)
+    lists = published_lists(root, spec, data.split, places, ids, notes)
     splits = _splits(ids, with_lists(spec, lists), data, passed_over, notes)
     return Index(
         dataset=spec,

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from configs.dataset_spec import DataSetSpec, NamedSplit
-from configs.errors import UserError
+from configs.errors import UserError, listed
 from configs.file_pattern import file_pattern
 from configs.schema import SplitConfig
 from engine.files import inside
@@ -19,13 +19,19 @@ from features.ids import id_key
 
 
 def published_lists(
-    root: Path, spec: DataSetSpec, split: SplitConfig, paths: Mapping[str, Iterable[str]], ids: Sequence[str]
+    root: Path,
+    spec: DataSetSpec,
+    split: SplitConfig,
+    paths: Mapping[str, Iterable[str]],
+    ids: Sequence[str],
+    notes: list[str],
 ) -> dict[str, NamedSplit]:
     """Return the lists of the split that the settings or the description choose, if they depend on the copy.
 
     `paths` has the paths of each video's source and files of labels, by id, and `ids` are all videos. The result is
-    empty for every other split, and where the usual split's files are missing. Raises UserError if files that the
-    settings ask for are missing or cannot be read.
+    empty for every other split, and where all of the usual split's files for a part are missing. If some are missing,
+    or videos are in no list, `notes` gets a line. Raises UserError if files that the settings ask for are missing
+    although there are videos that the others do not list, or if files cannot be read.
     """
     asked = rule_asked_for(split)
     rule = asked or spec.default_split
@@ -34,19 +40,25 @@ def published_lists(
     named, known = spec.splits[rule], {id_key(one): one for one in ids}
     chosen = {part: [one for entry in getattr(named, part) for one in _of_entry(entry, paths)] for part in PARTS}
     files: list[tuple[Split, str]] = []
-    for part, pattern in named.listed_in.items():
-        matching = files_matching(root, file_pattern(pattern))
-        if not matching and asked is None:
+    missing: list[str] = []
+    for part in named.listed_in:
+        matching = {pattern: files_matching(root, file_pattern(pattern)) for pattern in named.patterns_of(part)}
+        if not any(matching.values()) and asked is None:
             return {}
-        if not matching:
-            raise UserError(
-                f"split {rule} of {spec.name}: no file below {root} matches {pattern}, whose files list the {part} "
-                "videos; add them, or choose another data.split.rule"
-            )
-        files += [(part, file) for file in matching]
+        missing += [pattern for pattern, found in matching.items() if not found]
+        files += [(part, file) for found in matching.values() for file in found]
     with progress_bar(None, f"split {rule}", "file", iterable=files, delay=BAR_AFTER_S) as listing:
         for part, file in listing:  # the pickles of a large data set take seconds each
             chosen[part] += [known[key] for key in _listed(inside(root, file)) if key in known]
+    unlisted = [one for one in ids if not any(one in found for found in chosen.values())]
+    if unlisted:
+        without = f"no file matches {listed(missing, 3)}, so " if missing else ""
+        problem = (
+            f"split {rule} of {spec.name}: {without}{len(unlisted)} video(s) are in no list ({listed(unlisted, 6)})"
+        )
+        if missing and asked is not None:
+            raise UserError(f"{problem}; add the files below {root}, or choose another data.split.rule")
+        notes.append(f"{problem} and get split none")
     return {rule: NamedSplit.model_validate({part: tuple(dict.fromkeys(found)) for part, found in chosen.items()})}
 
 

@@ -64,7 +64,8 @@ def _by_rule(rule: str, ids: Sequence[str], spec: DataSetSpec, split: SplitConfi
     if rule == "lists":
         return _by_lists(ids, NamedSplit(train=split.train, val=split.val, test=split.test), "data.split")
     if rule in spec.splits and spec.splits[rule].needs_copy:
-        patterns = listed([*spec.splits[rule].listed_in.values()], 3)
+        named = spec.splits[rule]
+        patterns = listed([pattern for part in named.listed_in for pattern in named.patterns_of(part)], 3)
         raise UserError(f"split {rule!r} of {spec.name} is listed in files that are missing here: {patterns}")
     if rule in spec.splits:
         return _by_lists(ids, _present(ids, spec.splits[rule]), f"split {rule!r} of {spec.name}")

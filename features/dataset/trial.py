@@ -90,7 +90,9 @@ class Trial:
         ids, split = found.ids, self.config.data.split
         paths = {video.id: sorted(video.paths) for video in found.videos}
         paths |= {entry.id: sorted(entry.paths) for entry in index.videos}  # also files with labels of several videos
-        spec = with_lists(self.spec, published_lists(self.root, self.spec, split, paths, ids))
+        notes: list[str] = []
+        spec = with_lists(self.spec, published_lists(self.root, self.spec, split, paths, ids, notes))
+        yield from (f"  {note}" for note in notes)
         if problem := usual_split_problem(ids, spec, split):
             yield f"  splits: none, since the usual one does not fit: {problem}"
             return

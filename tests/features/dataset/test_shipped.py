@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import re
+import shutil
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -168,7 +170,7 @@ def test_splits_are_read_from_the_copy(name: str, parts: dict[str, str], tmp_pat
     if "fold3" in load_dataset(name).splits:
         with pytest.raises(UserError, match="made without the lists of split fold3"):
             open_dataset(config.model_copy(update={"data": chosen}))
-        with pytest.raises(UserError, match=r"split fold3 of \w+: no file below .* matches .*1fps_100_3"):
+        with pytest.raises(UserError, match=r"split fold3 of \w+: no file matches .*1fps_100_3"):
             build_index(tmp_path / "data", load_dataset(name), chosen)
 
 
@@ -178,6 +180,28 @@ def test_without_its_lists_the_usual_split_is_not_assigned(tmp_path: Path) -> No
     index = build_index(tmp_path, load_dataset("bernbypass70"), DataConfig())
     assert {entry.split for entry in index.videos} == {"none"}
     assert any("split 'fold0' of bernbypass70 is listed in files that are missing" in note for note in index.notes)
+
+
+def test_the_list_of_every_hospital_is_needed_whose_videos_are_there(tmp_path: Path) -> None:
+    make("multibypass140", tmp_path)
+    spec, lists = load_dataset("multibypass140"), tmp_path / "labels/strasbourg/labels_by70_splits/labels"
+    assert not [note for note in build_index(tmp_path, spec, DataConfig()).notes if note.startswith("split ")]
+    for path in lists.glob("*/*.pickle"):
+        path.unlink()
+    index = build_index(tmp_path, spec, DataConfig())
+    assert {entry.id[0]: entry.split != "none" for entry in index.videos} == {"B": True, "S": False}
+    problem = (
+        r"split fold0 of multibypass140: no file matches strasbourg/labels_by70_splits/labels/train/1fps_100_0.*, so "
+    )
+    problem += r"3 video\(s\) are in no list \(SBP01, SBP09, SBP70\)"
+    (note,) = (note for note in index.notes if note.startswith("split "))
+    assert re.fullmatch(f"{problem} and get split none", note)
+    with pytest.raises(UserError, match=problem):
+        build_index(tmp_path, spec, DataConfig(split=SplitConfig(rule="fold0")))
+    shutil.rmtree(tmp_path / "StrasBypass70")  # a copy of one hospital needs no lists of the other
+    shutil.rmtree(tmp_path / "labels/strasbourg")
+    index = build_index(tmp_path, spec, DataConfig(split=SplitConfig(rule="fold0")))
+    assert not [note for note in index.notes if note.startswith("split ")]
 
 
 def test_a_pickle_that_is_no_list_of_videos_is_refused(tmp_path: Path) -> None:
