@@ -71,8 +71,8 @@ INFERENCE = click.option(
 PHASE_ORDER = click.option(
     "--phase-order",
     metavar="ORDER",
-    help="Which phase is 0, 1, ... in files that contain phase numbers: a name (mtrcnet, tf-cholec80), a file with one "
-    "phase per line, or comma-separated phases.",
+    help="Which phase is 0, 1, ... in files that contain phase numbers: a name (mtrcnet, tf-cholec80), dataset "
+    "(the order of the data set's description), a file with one phase per line, or comma-separated phases.",
 )
 TRUSTED = click.option(
     "--trusted",

@@ -116,7 +116,7 @@ def write_texts(out: Path, texts: Mapping[str, str], replace: bool) -> list[Path
     make_folder(out)
     for name, text in texts.items():
         write_text(out / name, text)
-    say(f"{out}: {len(texts)} files written")
+    say(f"{out}: {len(texts)} file{'s' * (len(texts) != 1)} written")
     return [out / name for name in texts]
 
 

@@ -147,3 +147,10 @@ def test_to_mstcn_and_back(extracted: Path, tmp_path: Path) -> None:
     assert "exists and is not empty; choose another folder" in line
     line = refuse(["features", "import", str(folder), "--out", out, "--index", "x", "--split", "a"], tmp_path)
     assert "--split: cannot be combined with --index" in line
+    line = refuse(["features", "import", str(folder), "--out", out, "--encoder", ""], tmp_path)
+    assert "--encoder: the name is empty" in line
+    for inside in (folder, folder / "more", tmp_path / "link"):
+        if inside.name == "link":
+            inside.symlink_to(folder)
+        line = refuse(["features", "import", str(folder), "--out", str(inside), "--fps", "1"], tmp_path)
+        assert f"--out {inside}: is where the files at {folder} are; name a folder outside of it" in line

@@ -178,7 +178,7 @@ def test_a_harmful_file_in_a_process_of_its_own(tmp_path: Path) -> None:
     ("arguments", "expected"),
     [
         (["import-checkpoint", "net.pth"], "--name RUN"),
-        (["import-checkpoint", "net.pth", "--name", "x"], "--phase-order NAME (mtrcnet, tf-cholec80)"),
+        (["import-checkpoint", "net.pth", "--name", "x"], "--phase-order NAME (mtrcnet, tf-cholec80, dataset)"),
         (["import-checkpoint", "net.pth", "--name", "x", "--phase-order", "mtrc"], "no such order"),
         (["export-checkpoint", "nowhere", "out", "--phase-order", "mtrcnet"], "run train-joint"),
     ],

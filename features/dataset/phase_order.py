@@ -19,6 +19,7 @@ from configs.errors import UserError
 from engine.files import read_bounded
 from features.dataset.annotations import text_lines
 
+DATASET_ORDER = "dataset"  # the order in which the data set's description lists its phases
 MAX_FILE_BYTES = 1 << 16
 _NUMBER = re.compile(r"^\s*\d+\s*[\s:=,;.]\s*")
 
@@ -26,9 +27,9 @@ _NUMBER = re.compile(r"^\s*\d+\s*[\s:=,;.]\s*")
 def parse_phase_order(text: str | None, spec: DataSetSpec, needed_by: str) -> tuple[str, ...]:
     """Return the names of phases 0, 1, ... in another program's file, from the user's `--phase-order`.
 
-    `text` is one of the data set's `phase_orders`, a file (one name per line, numbered or not), or comma-separated
-    names. `needed_by` is the file with the numbers, for the message. Raises UserError if nothing was given, or if a
-    phase is missing, unknown or repeated.
+    `text` is one of the data set's `phase_orders`, `dataset` (the order of its description), a file (one name per line,
+    numbered or not), or comma-separated names. `needed_by` is the file with the numbers, for the message. Raises
+    UserError if nothing was given, or if a phase is missing, unknown or repeated.
     """
     if not text:
         raise UserError(
@@ -36,6 +37,8 @@ def parse_phase_order(text: str | None, spec: DataSetSpec, needed_by: str) -> tu
         )
     if text in spec.phase_orders:
         return spec.phase_orders[text]
+    if text == DATASET_ORDER:
+        return spec.phases
     names = _names_in_file(Path(text)) if Path(text).is_file() else [part.strip() for part in text.split(",")]
     if len(names) == 1 and not Path(text).is_file():
         raise UserError(f"--phase-order {text}: no such order or file; give {_forms(spec)}")
@@ -55,8 +58,8 @@ def parse_phase_order(text: str | None, spec: DataSetSpec, needed_by: str) -> tu
 
 
 def _forms(spec: DataSetSpec) -> str:
-    named = f"NAME ({', '.join(spec.phase_orders)}), " if spec.phase_orders else ""
-    return f"{named}FILE or comma-separated names"
+    named = ", ".join([*spec.phase_orders, DATASET_ORDER])
+    return f"NAME ({named}), FILE or comma-separated names"
 
 
 def _names_in_file(path: Path) -> list[str]:

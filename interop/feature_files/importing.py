@@ -84,10 +84,11 @@ def import_features(place: Path, out: Path, config: Config, request: Request, st
     """Write the features at `place`, a folder or a file of another program, as a feature folder.
 
     Splits are those of the index, of the bundles, or those that `data.split` asks for. Videos that were imported before
-    from the same files are kept. Raises UserError, before anything is written, if the files do not agree on D, if it
-    cannot be told which axis is time, if the lengths of features and labels differ by more than a second, or if the
-    folder holds other features; and naming file and frame if a value is not finite.
+    from the same files are kept. Raises UserError, before anything is written, if `out` is where the files are, if they
+    do not agree on D, if it cannot be told which axis is time, if the lengths of features and labels differ by more
+    than a second, or if the folder holds other features; and naming file and frame if a value is not finite.
     """
+    _require_outside(place, out)
     found = find_features(place, request.layout)
     say(f"{found.root}: {len(found.files)} file(s) of features ({PROGRAMS.get(found.layout, found.format)})")
     job = _Job(found, config, request)
@@ -111,6 +112,13 @@ def import_features(place: Path, out: Path, config: Config, request: Request, st
             report.frames += len(labels.frame_index) if outcome == "done" else 0
     index.save(out / INDEX_FILE)
     return report
+
+
+def _require_outside(place: Path, out: Path) -> None:
+    """Raise UserError if features would be written among the files that are read, and read by the next import."""
+    source, target = place.resolve(), out.resolve()
+    if target == (source.parent if place.is_file() else source) or (place.is_dir() and source in target.parents):
+        raise UserError(f"--out {out}: is where the files at {place} are; name a folder outside of it")
 
 
 class _Job:

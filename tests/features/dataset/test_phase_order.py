@@ -22,8 +22,17 @@ def test_named_orders_swap_packaging_and_retraction() -> None:
     assert ids_of_order(swapped, CHOLEC80.phases).tolist() == [0, 1, 2, 3, 6, 5, 4]
 
 
+def test_the_order_of_the_description_must_be_asked_for() -> None:
+    spec = load_dataset("autolaparo")
+    assert parse_phase_order("dataset", spec, "a.pkl") == spec.phases
+    with pytest.raises(UserError, match=r"give their order with --phase-order NAME \(dataset\), FILE"):
+        parse_phase_order(None, spec, "a.pkl")
+
+
 def test_nothing_given_is_an_error_that_names_the_file_and_the_choices() -> None:
-    with pytest.raises(UserError, match=r"a\.pth: contains phase numbers.*--phase-order NAME \(mtrcnet, tf-cholec80\)"):
+    with pytest.raises(
+        UserError, match=r"a\.pth: contains phase numbers.*--phase-order NAME \(mtrcnet, tf-cholec80, dataset\)"
+    ):
         parse_phase_order(None, CHOLEC80, "a.pth")
 
 

@@ -523,7 +523,7 @@ def test_both_editions_give_the_same_features_and_labels(two_editions: Path) -> 
         place = [f"data.root={edition}", f"data.index={edition}.json", f"extract.store=features-{edition}"]
         return ["--config", "tiny.yaml", *(word for setting in place for word in ("--set", setting))]
 
-    assert "give their order with --phase-order NAME (mtrcnet, tf-cholec80)" in refuse(
+    assert "give their order with --phase-order NAME (mtrcnet, tf-cholec80, dataset)" in refuse(
         ["index", *options("tf")], folder
     )
     told = succeed(["index", *options("tf"), "--phase-order", "tf-cholec80"], folder)
