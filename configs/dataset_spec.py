@@ -230,6 +230,13 @@ class DataSetSpec(OmitsDefaults):
         """Return the key of a role's `label_pattern`, for messages."""
         return f"labels.{_LABELS_OF.get(role, role)}.files" if self.label_source(role) else f"patterns.{role}"
 
+    @field_validator("id_format")
+    @classmethod
+    def _has_few_digits(cls, text: str) -> str:
+        if re.search(r"\{[^}]*:[^}]*(\d{3}|\{)", text):
+            raise ValueError("gives numbers more than 99 digits; write {number:02d}")
+        return text
+
     @model_validator(mode="after")
     def _labels_of_parts_need_parts(self) -> DataSetSpec:
         if "part" not in self.patterns.compiled("video").groupindex:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import PurePosixPath
 
@@ -13,11 +14,25 @@ VIDEO_ENDINGS = (
 _GROUP = re.compile(r"(?<!\\)\((?:\?P<\w+>|\?:)?((?:\\.|[^()\\])*)\)(\?|\*)?")  # one without groups inside
 _DIGITS = re.compile(r"\\d(?:\{(\d+)(?:,\d*)?\}|[+*])?")
 _CHOICE = re.compile(r"\[([^\]])[^\]]*\](\?|\*|\+|\{\d+\})?")
+# A repeated group of repetitions, (a+)+ or (\w+\s*)*. To find that a text does not match takes years if it is long.
+_NESTED = re.compile(r"\((?:\?:|\?P<\w+>)?(?:(?:\\.|\[[^\]]*\]|[^()\[\]\\|+*?])[+*]\??)+\)(?:[+*]|\{\d*,)")
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "bmp", "webp", "tif", "tiff")
 
 
+def quick_pattern(pattern: str) -> re.Pattern[str]:
+    """Compile a pattern. Raises re.error if it is none, or one that could take years to match a text."""
+    if slow := _NESTED.search(pattern):
+        raise re.error(f"{slow[0][:60]} repeats a repetition, which can take endless time; write (ab*)+ as a[ab]*")
+    return re.compile(pattern)
+
+
+@functools.lru_cache(maxsize=256)
 def file_pattern(pattern: str) -> re.Pattern[str]:
-    """Compile a pattern for file names, in which `{video}` and `{image}` stand for any extension that can be read."""
+    """Compile a pattern for file names, in which `{video}` and `{image}` stand for any extension that can be read.
+
+    Raises re.error as `quick_pattern` does.
+    """
+    quick_pattern(pattern)
     for name, endings in (("{video}", VIDEO_ENDINGS), ("{image}", IMAGE_ENDINGS)):
         pattern = pattern.replace(name, f"({'|'.join(endings)})")
     return re.compile(pattern, re.IGNORECASE)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from configs.file_pattern import file_pattern
+from configs.file_pattern import file_pattern, quick_pattern
 from configs.schema import MAX_FPS, OmitsDefaults, Strict
 
 TOOL_FORMATS = ("eaf", "labelstudio")  # files of annotation tools, whose content is always intervals
@@ -22,7 +22,7 @@ def _texts(value: Any) -> Any:
     return value
 
 
-Column = Annotated[int, Field(ge=1)] | Annotated[str, Field(min_length=1)]
+Column = Annotated[int, Field(ge=1, strict=True)] | Annotated[str, Field(min_length=1)]
 Texts = Annotated[dict[str, str], BeforeValidator(_texts)]
 
 
@@ -41,6 +41,13 @@ class Columns(OmitsDefaults):
     end: Column | None = None
     label: Column | tuple[Column, ...] | None = None
     labels: tuple[Column, ...] | None = None
+
+    @model_validator(mode="after")
+    def _names_no_column_twice(self) -> Columns:
+        for key, names in (("label", self.label), ("labels", self.labels)):
+            if isinstance(names, tuple) and len(set(names)) < len(names):
+                raise ValueError(f"{key} names a column twice")
+        return self
 
     @property
     def most_number(self) -> int:
@@ -155,7 +162,7 @@ class LabelSource(OmitsDefaults):
     def _compile(cls, patterns: dict[str, str]) -> dict[str, str]:
         for column, pattern in patterns.items():
             try:
-                re.compile(pattern)
+                quick_pattern(pattern)
             except re.error as error:
                 raise ValueError(f"{column} is not a regular expression: {error}") from error
         return patterns

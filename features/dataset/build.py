@@ -276,7 +276,7 @@ def _labelled_entry(
     tracks = {role: read[role].file for role in spec.tracks if role in read}
     entry = entry.model_copy(update={**files, "track_files": {**entry.track_files, **tracks}})
     notes = [note for one in read.values() for note in one.notes_on(extent)]
-    return entry, fitted, [*source_notes, *notes]
+    return entry, fitted, list(dict.fromkeys([*source_notes, *notes]))
 
 
 def _numbered(read: Mapping[Role, Annotation], extent: Extent, data: DataConfig) -> dict[Role, Annotation]:

@@ -571,7 +571,9 @@ def _left_over(
             yield f"{len(bare)} video(s) without {role} annotations ({listed(bare, 10)})"
     labels = [path for path in files.unmatched if looks_like_labels(path)]
     if lacking and labels:
-        patterns = " or ".join(f"{spec.name_of_pattern(role)}, {spec.label_pattern(role)}" for role in lacking)
+        patterns = " or ".join(
+            f"{spec.name_of_pattern(role)}, {spec.label_pattern(role) or 'which is not set'}" for role in lacking
+        )
         yield (
             f"{len(labels)} file(s) look like annotations, but their names do not match {patterns}: "
             f"{listed(labels, 10)}; rename them or convert them to tab-separated text, or change these patterns"

@@ -84,6 +84,9 @@ class Trial:
             own = [one.labels[role] for one in files if role in one.labels]
             paths = [*own, *found.shared.get(role, ())]
             wanted = f"no file, expected names such as {example_of_labels(role, self.spec)}"
+            if not self.spec.label_pattern(role):
+                keys = f"labels.{'phases' if role == 'phase' else 'tools'} nor patterns.{role}"
+                wanted = f"none, since the description has neither {keys}"
             yield f"  labels of {track_title(role)}: {such_as(paths, 'file') if paths else wanted}"
 
     def _splits(self, found: Discovery, index: Index) -> Iterator[str]:
@@ -149,14 +152,20 @@ def _by_role(tracks: FittedTracks) -> Mapping[str, LabelTrack]:
 
 
 def _in_words(track: LabelTrack, classes: Sequence[str], entry: VideoEntry) -> str:
-    """Return the first labels of a track: `Preparation from 0:00:00, none from 0:03:12, ...`."""
+    """Return the first labels of a track, and where the last one ends: `Clip from 0:00:00, Cut from 0:03:12.4, ...`."""
     rows, parts = _combined(track.labels), []
     found = runs(rows)
     for run in found[:SHOWN_LABELS]:
         time_s = float(frame_times_s(entry, track.frame_index[run.start : run.start + 1])[0])
         parts.append(f"{_label(track.labels[run.start], classes)} from {_clock(time_s)}")
     more = len(found) - SHOWN_LABELS
-    return ", ".join(parts) + (f" and {more} more" if more > 0 else "")
+    text = ", ".join(parts) + (f" and {more} more" if more > 0 else "")
+    labelled = np.flatnonzero((track.labels.reshape(len(track.labels), -1) >= 0).any(axis=1))
+    if not len(labelled):
+        return text
+    last = min(int(track.frame_index[labelled[-1]]) + track.stride, entry.frame_count) - 1
+    end_s = float(frame_times_s(entry, np.array([last]))[0]) + 1 / entry.fps
+    return f"{text}; labelled until {_clock(end_s)}"
 
 
 def _combined(labels: NDArray[np.int8]) -> NDArray[np.int64]:
@@ -175,5 +184,5 @@ def _label(row: NDArray[np.int8], classes: Sequence[str]) -> str:
 
 
 def _clock(time_s: float) -> str:
-    whole = int(time_s)
-    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+    whole, tenths = divmod(int(time_s * 10 + 0.01), 10)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}" + f".{tenths}" * bool(tenths)

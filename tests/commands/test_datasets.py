@@ -97,8 +97,8 @@ def test_a_description_is_tried_and_nothing_is_written(tmp_path: Path) -> None:
         "  labels of phases: 1 file, all.csv",
         "  labels of tools: 3 files, such as op1-tools.csv",
         "  split fixed: train 2, test 1",
-        "  op1: Access from 0:00:00, Dissection from 0:00:03",
-        "  op1, tools: none from 0:00:00, Hook from 0:00:02",
+        "  op1: Access from 0:00:00, Dissection from 0:00:03; labelled until 0:00:08",
+        "  op1, tools: none from 0:00:00, Hook from 0:00:02; labelled until 0:00:08",
         "  phases: 100.0%, least in op1 (100.0%); never: Closure",
     ):
         assert line in out.splitlines(), line
@@ -112,6 +112,19 @@ def test_a_shipped_description_is_tried_with_the_splits_of_the_copy(tmp_path: Pa
     ):
         make(name, tmp_path / name)
         assert line in succeed(["datasets", "check", name, "--root", name], tmp_path)
+
+
+def test_short_labels_show_tenths_of_seconds_and_missing_patterns_are_named(tmp_path: Path) -> None:
+    make_own(tmp_path, videos=1)
+    (tmp_path / "data/all.csv").write_text("case,from,to,phase\n1,0,0.12,access\n1,0.2,2.5,dissection\n")
+    text = (tmp_path / "own.yaml").read_text()
+    before, _, after = text.partition("  tools: {files")
+    (tmp_path / "own.yaml").write_text(before + after.partition("\n")[2].replace("default_split: fixed", ""))
+    out = run(["datasets", "check", "own.yaml", "--root", "data", "--set", "data.min_labelled=0.1"], tmp_path).stdout
+    assert "  op1: Access from 0:00:00, no label from 0:00:00.1, Dissection from 0:00:00.2, no label" in out
+    assert "labelled until 0:00:02.5" in out
+    assert "  labels of tools: none, since the description has neither labels.tools nor patterns.tool" in out
+    assert "their names do not match patterns.tool, which is not set: op1-tools.csv" in out
 
 
 def test_what_is_missing_is_named_with_exit_code_1(tmp_path: Path) -> None:
@@ -128,7 +141,7 @@ def test_what_is_missing_is_named_with_exit_code_1(tmp_path: Path) -> None:
     assert first.returncode == 0
     excluded = ["--set", "data.exclude={op1: no consent}"]
     third = run(["datasets", "check", "own.yaml", "--root", "data", "--videos", "2", *excluded], tmp_path)
-    assert "  op3: Access from 0:00:00, Dissection from 0:00:03" in third.stdout.splitlines()
+    assert "  op3: Access from 0:00:00, Dissection from 0:00:03; labelled until 0:00:08" in third.stdout.splitlines()
     assert "only the first 1 of 4 videos were read" in first.stdout
 
 

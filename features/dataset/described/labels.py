@@ -45,12 +45,18 @@ def records_by_video(content: bytes, path: Path, source: LabelSource, spec: Data
     by_cell: dict[str, list[int]] = {}
     for at, cell in enumerate(map(str, records.column(column, path, "columns.video"))):
         by_cell.setdefault(cell, []).append(at)
-    by_video: dict[str, list[int]] = {}
-    for cell, places in by_cell.items():
-        by_video.setdefault(_video_key(cell, path, spec), []).extend(places)
-    videos = {key: records.only(sorted(places)) for key, places in by_video.items()}
-    first = next(iter(videos), None)  # the file's notes are given once
-    return {key: own if key == first else replace(own, notes=()) for key, own in videos.items()}
+    cells: dict[str, list[str]] = {}
+    for cell in by_cell:
+        cells.setdefault(_video_key(cell, path, spec), []).append(cell)
+    videos: dict[str | None, Records] = {}
+    for key, names in cells.items():
+        own = records.only(sorted(at for name in names for at in by_cell[name]))
+        notes = [] if videos else [*own.notes]  # the file's notes are given once
+        if len(names) > 1:
+            shown = listed([shown_cell(name) for name in names], 4)
+            notes.append(f"{path.name}: {shown} are read as names of one video, {key}")
+        videos[key] = replace(own, notes=tuple(notes))
+    return videos
 
 
 def read_described(path: Path, source: LabelSource, spec: DataSetSpec) -> tuple[dict[str | None, Records], str]:

@@ -331,6 +331,11 @@ def test_several_columns_can_each_name_a_tool() -> None:
     ("fields", "message"),
     [
         ({"parse": {"a": "("}}, "a is not a regular expression"),
+        ({"parse": {"a": "(a+)+b"}}, r"a is not .*: \(a\+\)\+ repeats a repetition, which can take endless time"),
+        ({"files": r"(?P<id>(o+p*)+)+\.csv"}, r"\(o\+p\*\)\+ repeats a repetition"),
+        ({"columns": {"start": True}}, "columns.start"),
+        ({"columns": {"label": [2, 2]}}, "label names a column twice"),
+        ({"columns": {"labels": ["a", "b", "a"]}}, "labels names a column twice"),
         ({"categories": {"records": "x"}}, "categories is for format json"),
         ({"format": "json", "records": "r", "categories": {"records": "x"}, "numbers_from": 0}, "numbers_from must be"),
     ],
@@ -371,6 +376,21 @@ def test_a_number_beyond_floats_in_a_file_of_several_videos_is_named() -> None:
 def test_options_without_effect_are_refused(given: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         spec_of(LabelSource.model_validate({"files": r"(?P<id>\d+)\.txt", **given}))
+
+
+@pytest.mark.parametrize("id_format", ["{number:0999999999d}", "{number:{number}}"])
+def test_an_id_of_endless_digits_is_refused(id_format: str) -> None:
+    with pytest.raises(ValueError, match="gives numbers more than 99 digits"):
+        spec_of(LabelSource(files=r"(?P<id>\d+)\.txt"), id_format=id_format)
+
+
+def test_a_note_says_which_names_are_read_as_one_video() -> None:
+    content = b"video,start,label\n1,0,A\nvideo01,5,B\n01,7,A\n2,0,A\n"
+    columns = {"video": "video", "label": "label"}
+    source = LabelSource.model_validate({"files": "all", "delimiter": "comma", "columns": columns})
+    videos = records_by_video(content, FILE, source, spec_of(source))
+    assert videos["video01"].notes == ("labels: '1', 'video01', '01' are read as names of one video, video01",)
+    assert videos["video02"].notes == ()
 
 
 def test_an_alias_of_no_class_is_named_where_the_description_has_labels() -> None:
