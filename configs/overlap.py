@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
-import re
-from collections.abc import Sequence
-
 from pydantic import Field, model_validator
 
 from configs.schema import Strict
@@ -32,23 +28,14 @@ class Overlap(Strict):
         """Whether it is about these two data sets, in any order."""
         return {first, second} == set(self.datasets)
 
-    def shared(self, first: str, ids: Sequence[str], others: Sequence[str]) -> list[tuple[str, str]]:
-        """Return the pairs of one of the `ids` of data set `first` and one of `others`, of the other data set."""
-        pairs = self.pairs if first == self.datasets[0] else tuple((two, one) for one, two in self.pairs)
-        pairs += tuple((number, number) for number in self.same if isinstance(number, int))
-        found = [(one, two) for a, b in pairs for one in _named(ids, a) for two in _named(others, b)]
-        alike = (pattern for pattern in self.same if isinstance(pattern, str))
-        return found + [(one, one) for pattern in alike for one in _named(ids, pattern) if one in others]
+    def videos_of(self, dataset: str) -> list[Video]:
+        """Return the videos of a data set that are listed."""
+        if dataset not in self.datasets:
+            return []
+        return [*self.same, *(pair[self.datasets.index(dataset)] for pair in self.pairs)]
 
 
 class OverlapList(Strict):
     """The content of a file in `configs/overlaps`."""
 
     overlaps: tuple[Overlap, ...]
-
-
-def _named(ids: Sequence[str], video: Video) -> list[str]:
-    """Return the ids with this number, which is the last number in an id, or those that a pattern matches."""
-    if isinstance(video, str):
-        return fnmatch.filter(ids, video)
-    return [one for one in ids if (numbers := re.findall("[0-9]+", one)) and int(numbers[-1]) == video]

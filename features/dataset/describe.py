@@ -12,7 +12,7 @@ from configs.errors import listed
 from configs.file_pattern import example_of, file_pattern
 from configs.label_source import Column, LabelSource
 from configs.load import dataset_names, load_dataset
-from features.dataset.trained_on import overlap_lines
+from features.dataset.overlaps import overlap_lines
 from features.ids import natural_key, numbered_id
 
 WIDTH = 110

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
-from configs.load import known_overlaps
 from engine.files import read_json_object, write_json
 from engine.progress import say
 from engine.records import Record
 from engine.runs import IDENTITY_FILE, RESULT_FILE
 from features.dataset.index import Index, VideoEntry
+from features.dataset.overlaps import possible_overlap, shared_operations
 from features.ids import id_key
 
 TRAINED_ON = "trained_on.json"
@@ -164,28 +164,6 @@ def _same_operations(trained: TrainedOn, dataset: str, tested: Mapping[str, str]
     if trained.dataset == dataset:
         by_id = {id_key(video_id): video_id for video_id in trained.videos}
         pairs = [*((by_id[id_key(one)], one) for one in tested if id_key(one) in by_id), *pairs]
-    for overlap in known_overlaps():
-        if overlap.joins(trained.dataset, dataset):
-            pairs += overlap.shared(trained.dataset, list(trained.videos), list(tested))
+    else:
+        pairs += shared_operations(trained.dataset, list(trained.videos), dataset, list(tested))
     return [(theirs, ours) for ours, theirs in {ours: theirs for theirs, ours in reversed(pairs)}.items()][::-1]
-
-
-def possible_overlap(first: str, second: str) -> str:
-    """Return why two data sets may share operations although no pairs are known; an empty text if they do not."""
-    return next((one.possible for one in known_overlaps() if one.possible and one.joins(first, second)), "")
-
-
-def overlap_lines(dataset: str) -> list[str]:
-    """Return a line for each data set that shares operations with this one, or may do so."""
-    lines = []
-    for one in known_overlaps():
-        if dataset not in one.datasets:
-            continue
-        other = next(name for name in one.datasets if name != dataset)
-        if one.possible:
-            lines.append(f"{other}: possible, pairs unknown: {one.possible} ({one.source})")
-        else:
-            count = len(one.same) + len(one.pairs)
-            known = "all videos with the same id" if one.same == ("*",) else f"{count} operation{'s' * (count != 1)}"
-            lines.append(f"{other}: {known} ({one.source})")
-    return lines

@@ -10,14 +10,12 @@ import pytest
 
 from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError
-from configs.load import known_overlaps, load_dataset
-from configs.overlap import Overlap
+from configs.load import load_dataset
 from features.dataset.index import Index, VideoEntry
 from features.dataset.trained_on import (
     TrainedOn,
     inherited_from,
     is_own_index,
-    overlap_lines,
     record_training,
     require_separate_split,
     trained_on,
@@ -164,24 +162,3 @@ def test_a_run_of_an_earlier_version_is_known_by_its_identity(tmp_path: Path) ->
     (tmp_path / "trained_on.json").write_text('{"data": 3}')
     with pytest.raises(UserError, match=r"trained_on\.json: damaged"):
         trained_on(tmp_path)
-
-
-def test_the_list_of_overlaps() -> None:
-    """45 of CholecT50's videos are Cholec80's, 22 of them among the usual test videos 41 to 80."""
-    (overlap,) = (one for one in known_overlaps() if one.joins("cholect50", "cholec80"))
-    ids = [f"video{number:02d}" for number in range(1, 81)]
-    fifty = [f"VID{number:02d}" for number in (*range(1, 81), 92, 96, 103, 110, 111)]
-    pairs = overlap.shared("cholec80", ids, fifty)
-    assert len(pairs) == 45
-    assert all(one[-2:] == other[-2:] for one, other in pairs)
-    assert sum(one > "video40" for one, _ in pairs) == 22
-    assert sorted(overlap.shared("cholect50", fifty, ids)) == sorted((other, one) for one, other in pairs)
-    both = next(one for one in known_overlaps() if "multibypass140" in one.datasets and "strasbypass70" in one.datasets)
-    assert both.shared("multibypass140", ["BBP01", "SBP02"], ["SBP01", "SBP02"]) == [("SBP02", "SBP02")]
-    assert any(line.startswith("m2cai16-workflow: possible") for line in overlap_lines("cholec80"))
-
-
-@pytest.mark.parametrize("fields", [{}, {"same": [1], "possible": "same hospital"}])
-def test_an_overlap_is_either_known_or_possible(fields: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match="give same or pairs, or say why"):
-        Overlap(datasets=("a", "b"), **fields)
