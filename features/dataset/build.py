@@ -18,7 +18,7 @@ from engine.sniff import recognise_file
 from features.dataset.annotations import LabelTrack
 from features.dataset.described.labels import read_described
 from features.dataset.discover import Discovery, FoundVideo, find_videos
-from features.dataset.frame_folders import LabelEnd, infer_layout, require_one_base, scan_folder
+from features.dataset.frame_folders import LabelEnd, infer_layout, require_one_base, require_one_rate, scan_folder
 from features.dataset.index import Dataset, Index, LeftOut, VideoEntry, exclusions, first_fault
 from features.dataset.labels import (
     Annotation,
@@ -142,7 +142,9 @@ def _build_entries(
         others = f" (also at fault: {', '.join(video_id for video_id, _ in faults[1:])})" if faults[1:] else ""
         raise UserError(f"{faults[0][1]}{others}") from faults[0][1]
     notes += _without_records(root, found, spec, entries)
-    require_one_base([(str(root / entry.source), entry.frames) for entry in entries if entry.frames], data)
+    folders = [(str(root / entry.source), entry.frames) for entry in entries if entry.frames]
+    require_one_base(folders, data)
+    require_one_rate(folders, spec, data)
     require_one_numbering([(str(root / entry.source), entry.records) for entry in entries if entry.records])
     return entries, notes, faults
 

@@ -270,7 +270,12 @@ def _step_of_rate(folder_fps: float, spec: DataSetSpec) -> int:
     """Return the number of source frames from one sample to the next, for samples at `folder_fps`."""
     ratio = spec.annotation_fps / folder_fps
     if not same_rate(round(ratio), ratio):
-        raise UserError(f"data.folder_fps={folder_fps:g} does not divide the source's {spec.annotation_fps:g} fps")
+        every = sorted({max(int(ratio), 1), int(ratio) + 1})
+        possible = ", ".join(f"{spec.annotation_fps / step:.6g} (one image per {step} frames)" for step in every)
+        raise UserError(
+            f"data.folder_fps={folder_fps:g} does not divide the source's {spec.annotation_fps:g} fps; the nearest "
+            f"that do are {possible}: extract images so, or index the videos"
+        )
     return round(ratio)
 
 
@@ -321,6 +326,25 @@ def require_one_base(layouts: Sequence[tuple[str, FolderLayout]], data: DataConf
         raise UserError(
             f"{first[1]}: images are numbered from 1, but those of {first[0]} from 0; restore image 0, or set "
             "data.frame_base if both are right"
+        )
+
+
+def require_one_rate(layouts: Sequence[tuple[str, FolderLayout]], spec: DataSetSpec, data: DataConfig) -> None:
+    """Raise UserError if folders are sampled at several rates by labels that number their videos' own frames.
+
+    Such labels last twice as long if a video has twice the frames per second, as some of HeiChole's have, and so do
+    not tell the rate of its images.
+    """
+    first: dict[int, str] = {}
+    for path, layout in layouts:
+        if layout.numbering == "sample" and data.folder_fps is None:
+            first.setdefault(layout.stride, path)
+    if len(first) > 1 and any(source.unit in ("auto", "source") for source in spec.labels.values()):
+        (step, one), (other_step, other), *_ = first.items()
+        raise UserError(
+            f"{other}: by its labels, which count the video's own frames, there is one image per {other_step} frames, "
+            f"but in {one} one per {step}; if the videos have different rates, index the videos instead; if all have "
+            f"{spec.annotation_fps:g} fps, set data.folder_fps"
         )
 
 

@@ -23,6 +23,7 @@ from features.dataset.frame_folders import (
     frame_folder,
     infer_layout,
     require_one_base,
+    require_one_rate,
     scan_folder,
     source_frames,
 )
@@ -691,7 +692,11 @@ def test_source_numbers_may_go_with_rows_by_image_or_second(tmp_path: Path, rows
         (range(0, 300, 100), {"frame_numbering": "sample", "folder_fps": 1}, "numbers are 100 apart"),
         (range(0, 300, 100), {"folder_fps": 1}, "set data.frame_numbering=source"),
         (range(3), {"frame_numbering": "source", "folder_fps": 1}, "data.folder_fps"),
-        (range(3), {"folder_fps": 3}, "data.folder_fps=3 does not divide the source's 25 fps"),
+        (
+            range(3),
+            {"folder_fps": 3},
+            "does not divide the source's 25 fps; the nearest that do are 3.125 (one image per 8 frames), 2.77778 (",
+        ),
         (range(3), {"folder_fps": 50}, "data.folder_fps=50 does not divide"),
         (range(3), {"frame_base": 1}, "is numbered below data.frame_base=1"),
     ],
@@ -710,6 +715,21 @@ def test_two_images_of_one_number_and_empty_images_are_refused(tmp_path: Path) -
     (tmp_path / "frames/video01/1.png").unlink()
     (tmp_path / "frames/video01/video01_000002.jpg").write_bytes(b"")
     assert ask(tmp_path).endswith("video01_000002.jpg: this image is empty (0 bytes)")
+
+
+def test_labels_that_count_own_frames_tell_no_rate_if_folders_differ() -> None:
+    """Seven of HeiChole's videos have 50 frames per second: by frames, their labels last twice as long."""
+    layouts = [
+        (f"frames/hei{i}", FolderLayout(numbering="sample", base=0, stride=stride, first=0, count=9))
+        for i, stride in enumerate((25, 25, 50))
+    ]
+    hei, cholec = load_dataset("heichole"), load_dataset("cholec80")
+    require_one_rate(layouts[:2], hei, DataConfig())
+    require_one_rate(layouts, cholec, DataConfig())
+    with pytest.raises(
+        UserError, match=r"frames/hei2: by its labels, .* one image per 50 .* in frames/hei0 one per 25"
+    ):
+        require_one_rate(layouts, hei, DataConfig())
 
 
 def test_folders_that_start_at_different_numbers_are_refused() -> None:
