@@ -28,6 +28,7 @@ from evaluation.files.predictions import PredictionFile
 from evaluation.files.truth import Truth
 from evaluation.reports.gather import EVALUATE_FOLDER, RunResults, find_run, gather
 from evaluation.reports.paper_figures import sample_edges_s
+from evaluation.reports.plotly_figures import clock
 from features.annotation_files.eaf import eaf_text
 from features.annotation_files.intervals import DEFAULT_TRACK, Interval, Losses, VideoAnnotations
 from features.annotation_files.label_studio import label_studio_config, label_studio_tasks
@@ -139,15 +140,10 @@ def _print(found: Sequence[Doubt], top: int, least: float, several: bool) -> Non
     for name in ("p(label)", "p(predicted)", "in doubt"):
         table.add_column(name, justify="right")
     for one in found[:top]:
-        cells = (one.video, *([one.track] if several else []), _clock(one.start_s), _clock(one.end_s))
+        cells = (one.video, *([one.track] if several else []), clock(one.start_s), clock(one.end_s))
         numbers = (f"{one.p_label:.2f}", f"{one.p_predicted:.2f}", f"{one.doubt_s:.1f} s")
         table.add_row(*(Text(cell) for cell in (*cells, one.label, one.predicted, *numbers)))
     Console().print(table)
-
-
-def _clock(time_s: float) -> str:
-    minutes, seconds = divmod(round(time_s), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
 # ---------------------------------------------------------------------------------------------- for annotation tools

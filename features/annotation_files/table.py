@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,11 +22,11 @@ from features.annotation_files.intervals import (
     text_of,
     without_empty,
 )
+from features.clock import clock_seconds
 from features.ids import id_of_stem
 
 COLUMNS = ("video", "track", "label", "start", "end", "confidence", "annotator")
 _NEEDED = ("label", "start", "end")
-_CLOCK = re.compile(r"(?:(\d{1,4}):)?(\d{1,4}):(\d{1,2}(?:\.\d{1,9})?)")
 _NUMBER = re.compile(r"\d{1,10}(\.\d{0,12})?|\.\d{1,12}")
 
 
@@ -78,10 +79,10 @@ def _rows(text: str, path: Path) -> list[tuple[int, dict[str, str]]]:
 def _seconds(cell: str, name: str, where: str) -> float:
     if _NUMBER.fullmatch(cell):
         return float(cell)
-    match = _CLOCK.fullmatch(cell)
-    if match is None or float(match[3]) >= 60:
+    time_s = clock_seconds(cell)
+    if math.isnan(time_s):
         raise UserError(f"{where}: {name} is {cell[:40]!r}, neither seconds nor hh:mm:ss.mmm")
-    return int(match[1] or 0) * 3600.0 + int(match[2]) * 60.0 + float(match[3])
+    return time_s
 
 
 def _fraction(cell: str, where: str) -> float:

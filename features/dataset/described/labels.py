@@ -19,6 +19,7 @@ from configs.dataset_spec import DataSetSpec, class_ids, folded_name
 from configs.errors import UserError, did_you_mean, listed
 from configs.file_pattern import match_path
 from configs.label_source import TIME_UNITS, Column, LabelSource
+from features.clock import clock_seconds
 from features.dataset.annotations import MAX_FILE_BYTES, LabelTrack, read_content, shown_cell, stride_of_rows
 from features.dataset.described import annotation_tools  # noqa: F401 - registers its readers
 from features.dataset.described.intervals import TimedLabels, TimedRows, TimeScale
@@ -26,7 +27,6 @@ from features.dataset.described.records import MAX_JSON_BYTES, READERS, Records,
 from features.ids import id_key, normal_id, numbered_id
 
 _MAX_DIGITS = 15  # float64 represents every such integer
-_CLOCK = re.compile(r"(?:([0-9]{1,6}):)?([0-9]{1,6}):([0-9]{1,2}(?:[.,][0-9]+)?)")
 _NUMBER = re.compile(rf"[0-9]{{1,{_MAX_DIGITS}}}(\.0+)?")
 _PER_SECOND = {"second": 1.0, "clock": 1.0, "millisecond": 1000.0}
 _UNLABELLED = ("", "-1", "-1.0", "nan", "NaN", "NA", "None", "null")
@@ -239,10 +239,7 @@ def _whole_numbers(cells: Sequence[Any]) -> NDArray[np.float64]:
 def _seconds(text: str, unit: str) -> float:
     """Return a time in seconds; NaN if a text is none."""
     if unit == "clock":
-        match = _CLOCK.fullmatch(text)
-        if match is None or float(match[3].replace(",", ".")) >= 60:
-            return math.nan
-        return int(match[1] or 0) * 3600.0 + int(match[2]) * 60.0 + float(match[3].replace(",", "."))
+        return clock_seconds(text)
     try:
         value = float(text) / _PER_SECOND[unit]
     except ValueError:
