@@ -213,6 +213,7 @@ def import_(
 
     if index is not None:
         options.refuse("--index, which names the data set and the splits", options.given("dataset", "split"))
+    options.note_unused(settings, "temporal", "joint", "data.tracks")
     if chosen["encoder"] is not None and not chosen["encoder"].strip():
         raise UserError("--encoder: the name is empty; give one, or leave the option out")
     asked = dataset or (settings.config.data.dataset if settings.given().any_of("data.dataset") else None)

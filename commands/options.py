@@ -226,12 +226,12 @@ def refuse(what: str, options: Sequence[str]) -> None:
 
 
 def note_unused(settings: Settings, *blocks: str) -> None:
-    """Print a note for each key of `--set` that belongs to one of `blocks`, which this command does not use."""
+    """Print a note for each key of `--set` that is or belongs to one of `blocks`, which this command does not use."""
     from engine.progress import say
 
     for key in sorted(settings.given().by_set):
-        if (block := key.partition(".")[0]) in blocks:
-            say(f"note: --set {key} has no effect here; train-{block} uses it")
+        if not {block := key.partition(".")[0], key}.isdisjoint(blocks):
+            say(f"note: --set {key} has no effect here; train-{'temporal' if block == 'data' else block} uses it")
 
 
 def refuse_trusted(trusted: bool, instead: str | None) -> None:
