@@ -390,8 +390,8 @@ def _truth_seeds() -> list[bytes]:
     steps = {"tracks": {"steps": TrackSpec(classes=("a", "b"))}, "labels": {"steps": LabelSource(files="(?P<id>x)")}}
     videos = VideoTruth(phase, tools, "ab" * 32), VideoTruth(phase, tools, "ab" * 32, {"steps": phase % 2})
     truths = (
-        Truth(SPEC, "test", 1.0, {"v": videos[0]}),
-        Truth(SPEC.model_copy(update=steps), "a", 1.0, {"v": videos[1]}),
+        Truth(SPEC, "test", 1.0, {"video41": videos[0]}),
+        Truth(SPEC.model_copy(update=steps), "a", 1.0, {"video41": videos[1]}),
     )
     return [_written(functools.partial(write_truth, truth=truth)) for truth in truths]
 
