@@ -420,7 +420,10 @@ def test_the_joint_mode_from_two_stages_and_back(workplace: Path) -> None:
     start = ["--from-cnn", "tiny", "--from-temporal", "tiny"]
     output = succeed(["train-joint", *settings, "--name", "both", *start], workplace)
     assert "joint net: correlation: validation accuracy" in output
+    assert "another encoder" not in output
     assert "nothing to do" in succeed(["train-joint", *settings, "--name", "both", *start], workplace)
+    alone = succeed(["train-joint", *settings, "--name", "alone", "--from-temporal", "tiny"], workplace)
+    assert "tiny/temporal/best.pt was trained on features of another encoder" in alone
     output = succeed(["evaluate", *settings, "--name", "both"], workplace)
     assert "tools mapped from the phase branch" in output
     assert (workplace / "runs/both/evaluate/test/ribbons.png").stat().st_size > 1000

@@ -32,11 +32,12 @@ from configs.schema import (
     PreprocessConfig,
 )
 from engine.checkpoints import load_checkpoint
+from engine.progress import say
 from engine.records import Record
 from engine.runs import BEST_FILE, require_same_classes
 from stage1_cnn.encoders.backbone import Backbone, build_backbone, freeze_batch_norm
 from stage1_cnn.encoders.pretrained import best_checkpoint
-from stage1_cnn.model import linear, rebuild_from_checkpoint, require_same_backbone, tool_branch
+from stage1_cnn.model import linear, rebuild_from_checkpoint, require_same_backbone, tool_branch, weights_sha256
 from stage2_temporal.heads.base import State, build_head, require_causal
 from stage2_temporal.heads.standardise import Standardise
 from stage2_temporal.joint.recompute import recomputed_blocks
@@ -140,10 +141,11 @@ def build_joint(
 # ---------------------------------------------------------------------------------------------- from the two stages
 
 
-def attach_cnn(net: JointNet, run: Path, tools: Sequence[str]) -> None:
+def attach_cnn(net: JointNet, run: Path, tools: Sequence[str]) -> str:
     """Copy the backbone of stage one's best epoch into the net, and its tool head if the net's is one linear layer.
 
-    Raises UserError if stage one has another backbone or other tools.
+    Returns the hash of the weights by which features record their encoder (`EncoderSpec.weights_sha256`). Raises
+    UserError if stage one has another backbone or other tools.
     """
     path = best_checkpoint(run)
     stage_one, about = rebuild_from_checkpoint(path)
@@ -153,12 +155,15 @@ def attach_cnn(net: JointNet, run: Path, tools: Sequence[str]) -> None:
     net.backbone.load_state_dict(stage_one.backbone.state_dict())
     if isinstance(net.tool_head, nn.Linear) and stage_one.tool_head is not None:
         net.tool_head.load_state_dict(stage_one.tool_head.state_dict())
+    return weights_sha256(stage_one)
 
 
-def attach_temporal(net: JointNet, run: Path, phases: Sequence[str], head: HeadSettings) -> None:
+def attach_temporal(net: JointNet, run: Path, phases: Sequence[str], head: HeadSettings, encoder_sha256: str) -> None:
     """Copy stage two's best epoch, including the constants of standardisation, into the net's phase branch.
 
-    Raises UserError if stage two has other phases, another width of embeddings, or a head other than `head`.
+    A note says if stage two was trained on the features of another encoder than the net's, whose weights have the hash
+    `encoder_sha256`. Raises UserError if stage two has other phases, another width of embeddings, or a head other than
+    `head`.
     """
     path = run / TEMPORAL_FOLDER / BEST_FILE
     model, about = load_temporal(path.parent)
@@ -176,6 +181,12 @@ def attach_temporal(net: JointNet, run: Path, phases: Sequence[str], head: HeadS
         )
     require_same_model(path, model, about, phases, head, net.backbone.embedding_dim)
     net.phase.load_state_dict(model.state_dict())
+    if about.encoder and about.encoder["weights_sha256"] != encoder_sha256:
+        say(
+            f"note: {path} was trained on features of another encoder ({about.backbone}-{about.encoder_digest[:12]}) "
+            "than the net starts from, so its weights do not fit the net's features yet; to reattach two stages, name "
+            "the run of stage one with --from-cnn"
+        )
 
 
 def attach_joint(

@@ -196,10 +196,9 @@ def initial_net(config: Config, index: Index, start: Start, *, trusted: bool = F
         changed = differences(about.preprocess.model_dump(mode="json"), config.preprocess.model_dump(mode="json"))
         if changed:
             say(f"note: {path} was trained on frames preprocessed differently (preprocess: {'; '.join(changed)})")
-    if start.cnn:
-        attach_cnn(net, start.cnn, spec.tools)
+    encoder_sha256 = attach_cnn(net, start.cnn, spec.tools) if start.cnn else weights_sha256(net.backbone)
     if start.temporal:
-        attach_temporal(net, start.temporal, spec.phases, head)
+        attach_temporal(net, start.temporal, spec.phases, head, encoder_sha256)
     net.gradient_checkpointing = config.joint.gradient_checkpointing
     if config.joint.freeze_batch_norm:
         freeze_batch_norm(net.backbone)
