@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
+import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -37,6 +38,10 @@ def _relative(path: str) -> str:
     """Check that a path is relative and does not contain `..`; links are checked by `engine.files.inside` on use."""
     if not path or PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts or "\x00" in path:
         raise ValueError("must be a path below the data root")
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError as error:
+        raise ValueError("contains characters that no file name has") from error
     return path
 
 

@@ -700,6 +700,7 @@ def index_json(*entries: dict[str, object]) -> dict[str, object]:
         ({"source": "/etc/passwd"}, "videos.0.source"),
         ({"source": "../secret.mp4"}, "must be a path below the data root"),
         ({"source": "a/../../b.mp4"}, "must be a path below the data root"),
+        ({"source": "a\ud800.mp4"}, "contains characters that no file name has"),
         ({"source": ""}, "videos.0.source"),
         ({"phase_file": {"path": "../x.txt", "sha256": CHECKSUM, "rows": 3}}, "videos.0.phase_file.path"),
         ({"phase_file": {"path": "x.txt", "sha256": "short", "rows": 3}}, "videos.0.phase_file.sha256"),
