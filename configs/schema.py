@@ -256,8 +256,10 @@ class AugmentConfig(Strict):
     saturation: float = Field(0.0, ge=0, lt=1)
 
 
-class CnnConfig(LoopConfig):
+class CnnConfig(OmitsDefaults, LoopConfig):
     """Stage one: training a CNN on single frames."""
+
+    OMITTED = frozenset({"freeze_until", "layer_lr_decay"})
 
     backbone: str = Field(
         "resnet50", description="a torchvision classification net, efficientnet_lite0, or a net of a plug-in"
@@ -276,6 +278,18 @@ class CnnConfig(LoopConfig):
     backbone_lr_factor: float = Field(0.1, ge=0, le=1)
     freeze_batch_norm: bool = Field(
         False, description="keep batch norm's running statistics and affine parameters as they are"
+    )
+    freeze_until: str | None = Field(
+        None,
+        description="train-cnn, train-joint: freeze the backbone from the input up to and including this layer, such "
+        "as layer2 or blocks.5; null: train all of it",
+    )
+    layer_lr_decay: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="train-cnn, train-joint: the learning rate of each block of the backbone is that of the block "
+        "after it times this factor; 1: all have the same",
     )
     sync_batch_norm: bool = Field(
         False, description="with several processes on CUDA: compute batch norm over the batches of all processes"

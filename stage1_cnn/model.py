@@ -21,7 +21,8 @@ from configs.schema import Config, JointNetConfig, PreprocessConfig
 from engine.checkpoints import load_checkpoint
 from engine.processes import Processes
 from engine.records import Record
-from stage1_cnn.encoders.backbone import Backbone, build_backbone, freeze_batch_norm, initial_backbone
+from stage1_cnn.encoders.backbone import Backbone, build_backbone, freeze_batch_norm, freeze_until, initial_backbone
+from stage1_cnn.encoders.layers import learning_steps
 
 KIND = "cnn"
 
@@ -83,19 +84,29 @@ def tool_branch(embedding_dim: int, hidden: int | None, tools: int) -> nn.Module
 # ---------------------------------------------------------------------------------------------- training
 
 
-def parameter_groups(net: nn.Module, backbone_lr_factor: float, others: str = "head") -> list[dict[str, Any]]:
-    """Two groups of parameters for the optimiser: the net's `backbone`, and all others under the name `others`.
+def parameter_groups(
+    net: nn.Module, backbone_lr_factor: float, others: str = "head", layer_lr_decay: float = 1.0
+) -> list[dict[str, Any]]:
+    """The groups of parameters for the optimiser: the net's `backbone`, and all others under the name `others`.
 
-    A `backbone_lr_factor` of 0 also switches off the backbone's gradients.
+    With a `layer_lr_decay` below 1, each block of the backbone is a group, whose learning rate is that of the block
+    after it times `layer_lr_decay` (Clark et al., ICLR 2020, for transformers; Bao et al., ICLR 2022, for images); the
+    last block has the backbone's. A `backbone_lr_factor` of 0 also switches off the backbone's gradients.
     """
     backbone = net.get_submodule("backbone")
     if backbone_lr_factor == 0:
         backbone.requires_grad_(False)
     inside = {id(parameter) for parameter in backbone.parameters()}
-    return [
-        {"name": "backbone", "params": list(backbone.parameters()), "lr_factor": backbone_lr_factor},
-        {"name": others, "params": [one for one in net.parameters() if id(one) not in inside]},
+    rest = {"name": others, "params": [one for one in net.parameters() if id(one) not in inside]}
+    if layer_lr_decay == 1:
+        return [{"name": "backbone", "params": list(backbone.parameters()), "lr_factor": backbone_lr_factor}, rest]
+    steps = learning_steps(backbone.get_submodule("net"))
+    factors = [backbone_lr_factor * layer_lr_decay**later for later in reversed(range(len(steps)))]
+    blocks = [
+        {"name": f"backbone.{path}", "params": parameters, "lr_factor": factor}
+        for (path, parameters), factor in zip(steps, factors, strict=True)
     ]
+    return [*blocks, rest]
 
 
 def synchronise_batch_norm(net: nn.Module, processes: Processes, device: torch.device) -> None:
@@ -119,6 +130,8 @@ def build_net(config: Config, spec: DataSetSpec, *, trusted: bool = False) -> To
     backbone = initial_backbone(config, trusted=trusted)
     if cnn.freeze_batch_norm:
         freeze_batch_norm(backbone)
+    if cnn.freeze_until is not None:
+        freeze_until(backbone, cnn.freeze_until)
     return ToolNet(backbone, len(spec.tools), len(spec.phases) if cnn.phase_head else None)
 
 

@@ -166,7 +166,8 @@ def train_net(
     net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if cnn.sync_batch_norm:
         synchronise_batch_norm(net, processes, device)
-    groups, about = parameter_groups(net, cnn.backbone_lr_factor), CnnAbout.of(net, spec).to_json()
+    groups = parameter_groups(net, cnn.backbone_lr_factor, layer_lr_decay=cnn.layer_lr_decay)
+    about = CnnAbout.of(net, spec).to_json()
     session = TrainingSession(folder, accelerator, net, groups, cnn, about, processes, cnn.accumulate_steps)
     session.resume()
     dataset = ClipDataset({"train": data.train, "val": data.val}, config.preprocess.crop_px, cnn.augment, config.seed)

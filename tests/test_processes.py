@@ -347,8 +347,9 @@ def test_two_processes_train_stage_one_as_one(frame_world: World) -> None:
 
 def test_two_processes_train_the_joint_net_as_one(frame_world: World) -> None:
     """Groups of batches, clips that do not divide evenly, and three steps that freeze different parts."""
-    alone(words_of(frame_world, "train-joint", "joint-one"))
-    succeed([*PIPELINE, *words_of(frame_world, "train-joint", "joint-two"), *DEVICES], frame_world.base)
+    partly = ["--set", "cnn.freeze_until=conv1", "--set", "cnn.layer_lr_decay=0.9"]
+    alone([*words_of(frame_world, "train-joint", "joint-one"), *partly])
+    succeed([*PIPELINE, *words_of(frame_world, "train-joint", "joint-two"), *partly, *DEVICES], frame_world.base)
     folders = [frame_world.config.runs / name / "joint" for name in ("joint-one", "joint-two")]
     assert_same_losses(*(folder / "multitask" for folder in folders))
     for step in ("mapping", "correlation"):

@@ -137,7 +137,7 @@ def check_device(config: Config) -> Iterable[Finding]:
         return
     yield Finding("ok", "device", f"device={config.device} is {device}")
     yield from _precisions(config)
-    if device.type != "cuda" or config.cnn.backbone != "resnet50":
+    if device.type != "cuda" or config.cnn.backbone != "resnet50" or config.cnn.freeze_until is not None:
         return
     free = min(torch.cuda.mem_get_info(number)[0] for number in range(torch.cuda.device_count())) / 2**30
     for stage, frames, precision, checkpointing, to_do in _training_steps(config):

@@ -13,6 +13,7 @@ from configs.errors import UserError, one_line
 from configs.schema import Config
 from engine.checkpoints import load_external_state
 from engine.progress import say
+from stage1_cnn.encoders.layers import layers_until
 from stage1_cnn.encoders.pretrained import fetch, published_weights, settled_weights, weights_file
 from stage1_cnn.encoders.registry import find_encoder
 from stage1_cnn.encoders.weights import describe_match, find_weights
@@ -42,6 +43,7 @@ class Backbone(nn.Module):
             replace_layer(net, self.head_name, nn.Identity())
         self.embedding_dim = embedding_dim
         self.batch_norm_frozen = False
+        self.frozen_until: str | None = None  # the path of a layer in `net`
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images (N, 3, S, S) -> embeddings (N, D).
@@ -61,12 +63,27 @@ class Backbone(nn.Module):
         return embedding
 
     def train(self, mode: bool = True) -> Backbone:
-        """Switch to training or evaluation mode; frozen batch norm stays in evaluation mode."""
+        """Switch to training or evaluation mode; frozen layers and frozen batch norm stay in evaluation mode."""
         super().train(mode)
         if self.batch_norm_frozen:
             for layer in batch_norms(self):
                 layer.eval()
+        if self.frozen_until is not None:
+            for frozen in layers_until(self.net, self.frozen_until):
+                if not frozen.divided:
+                    frozen.module.eval()
         return self
+
+    def keep_frozen(self) -> None:
+        """Switch off the gradients of everything that is frozen, and put it into evaluation mode."""
+        if self.batch_norm_frozen:
+            for layer in batch_norms(self):
+                layer.requires_grad_(False)
+        if self.frozen_until is not None:
+            for frozen in layers_until(self.net, self.frozen_until):
+                for parameter in frozen.parameters:
+                    parameter.requires_grad_(False)
+        self.train(self.training)
 
 
 def replace_layer(net: nn.Module, path: str, layer: nn.Module) -> None:
@@ -86,9 +103,24 @@ def freeze_batch_norm(backbone: Backbone) -> None:
     "On the Pitfalls of Batch Normalization for End-to-End Video Learning" (arXiv 2203.07976) gives the reasons.
     """
     backbone.batch_norm_frozen = True
-    for layer in batch_norms(backbone):
-        layer.requires_grad_(False)
-    backbone.train(backbone.training)
+    backbone.keep_frozen()
+
+
+def freeze_until(backbone: Backbone, name: str) -> None:
+    """Freeze the layers of `backbone.net` from the input up to and including the one with path `name`.
+
+    They get no gradients, their running statistics stay as they are, and their dropout is off, even in training mode.
+    Prints how much is frozen. Raises UserError that lists the possible names if there is no such layer.
+    """
+    backbone.frozen_until = name
+    backbone.keep_frozen()
+    total = sum(one.numel() for one in backbone.parameters())
+    frozen = sum(one.numel() for one in backbone.parameters() if not one.requires_grad)
+    if total == frozen:
+        what = f"the whole of {backbone.name} is frozen, and only what follows it is trained"
+    else:
+        what = f"{frozen / 1e6:.2f} of {total / 1e6:.2f} million parameters of {backbone.name} are frozen"
+    say(f"cnn.freeze_until={name}: {what}")
 
 
 def require_image_size(backbone: Backbone, size_px: int) -> None:

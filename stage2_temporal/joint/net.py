@@ -35,7 +35,7 @@ from engine.checkpoints import load_checkpoint
 from engine.progress import say
 from engine.records import Record
 from engine.runs import BEST_FILE, require_same_classes
-from stage1_cnn.encoders.backbone import Backbone, build_backbone, freeze_batch_norm
+from stage1_cnn.encoders.backbone import Backbone, build_backbone
 from stage1_cnn.encoders.pretrained import best_checkpoint
 from stage1_cnn.model import linear, rebuild_from_checkpoint, require_same_backbone, tool_branch, weights_sha256
 from stage2_temporal.heads.base import State, build_head, require_causal
@@ -107,8 +107,7 @@ class JointNet(nn.Module):
                 parameter.requires_grad_(not freeze_mapping)
             else:
                 parameter.requires_grad_(part == "all")
-        if self.backbone.batch_norm_frozen:
-            freeze_batch_norm(self.backbone)
+        self.backbone.keep_frozen()
         self.train(self.training)
 
     def train(self, mode: bool = True) -> JointNet:

@@ -48,6 +48,7 @@ from stage1_cnn.encoders.backbone import (
     Backbone,
     build_backbone,
     freeze_batch_norm,
+    freeze_until,
     initial_backbone,
     require_image_size,
 )
@@ -202,6 +203,8 @@ def initial_net(config: Config, index: Index, start: Start, *, trusted: bool = F
     net.gradient_checkpointing = config.joint.gradient_checkpointing
     if config.joint.freeze_batch_norm:
         freeze_batch_norm(net.backbone)
+    if config.cnn.freeze_until is not None:
+        freeze_until(net.backbone, config.cnn.freeze_until)
     net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return net
 
@@ -280,7 +283,7 @@ def train_step(
         synchronise_batch_norm(net, processes, device)
     net.train_only("mapping" if step == "mapping" else "all", freeze_mapping=settings.freeze_mapping)
     about = JointAbout.of(net, config.temporal.head, config, data.dataset.spec, step)
-    groups = parameter_groups(net, settings.backbone_lr_factor, "branches")
+    groups = parameter_groups(net, settings.backbone_lr_factor, "branches", config.cnn.layer_lr_decay)
     session = TrainingSession(
         folder, accelerator, net, groups, settings, about.to_json(), processes, joint.accumulate_steps
     )
@@ -378,6 +381,8 @@ def _stages(config: Config, run: Path, index: Index, files: Mapping[str, Path]) 
         "backbone": config.cnn.backbone,
         "weights": weights_identity(config.cnn, config.runs),
         "zero_init_residual": config.cnn.zero_init_residual,
+        "freeze_until": config.cnn.freeze_until or ABSENT,
+        "layer_lr_decay": config.cnn.layer_lr_decay if config.cnn.layer_lr_decay != 1 else ABSENT,
         "head": config.temporal.head.model_dump(mode="json"),
         "joint": settings_without(joint, "workers", *STEPS, "loss"),
         # the first release rounded `clips_per_epoch` up to whole batches

@@ -53,7 +53,7 @@ def fields_of(model: type[BaseModel], values: Mapping[str, Any], above: str = ""
 def leaves(values: dict[str, Any]) -> dict[str, Any]:
     """The value of every leaf; none for those of blocks that are left out."""
     found = {
-        key: functools.reduce(lambda at, name: at and at[name], key.split("."), values)
+        key: functools.reduce(lambda at, name: at and at.get(name), key.split("."), values)
         for key, _ in fields_of(Config, values)
     }
     return {key: value for key, value in found.items() if value is not None}

@@ -238,6 +238,34 @@ def test_weights_of_a_run_initialise_the_next(world: World) -> None:
     assert weights_sha256(second.tool_head) != weights_sha256(first.tool_head)
 
 
+def test_a_partly_frozen_training_resumes_and_leaves_frozen_layers_as_they_were(world: World) -> None:
+    """Weight decay does not change them either; the defaults of both settings are not part of a run's identity."""
+    optim = {"name": "adamw", "lr": 0.003, "weight_decay": 0.1}
+    config = world.set(cnn={"freeze_until": "stage3", "layer_lr_decay": 0.5, "optim": optim})
+    whole = train(world, config, "whole")
+    with pytest.raises(Stopped):
+        train(world, config, "cut", StopAfter(3))
+    assert train(world, config, "cut")["weights_sha256"] == whole["weights_sha256"]
+    initial = build_backbone("shufflenet_v2_x0_5", "random", 0).net.state_dict()
+    trained = rebuild_from_checkpoint(config.runs / "whole/cnn/last.pt")[0].backbone.net.state_dict()
+    changed = {name.split(".")[0] for name in initial if not torch.equal(initial[name], trained[name])}
+    assert changed == {"stage4", "conv5"}
+    rates = {name: rate for name, rate in epochs_of(config.runs / "whole")[0].items() if name.startswith("lr_")}
+    last = [rates[f"lr_backbone.{block}"] for block in ("stage4.2", "stage4.3", "conv5.0")]
+    assert last == pytest.approx([0.003 / 4, 0.003 / 2, 0.003])
+    assert "lr_backbone.stage3.7" not in rates
+    with pytest.raises(UserError, match=r"cnn\.layer_lr_decay: 0\.5 there, 0\.75 now"):
+        train(world, world.set(cnn={**config.cnn.model_dump(), "layer_lr_decay": 0.75}), "whole")
+    assert not {"freeze_until", "layer_lr_decay"} & set(identity(world.config, world.index()).fields["cnn"])
+
+
+def test_a_layer_that_the_network_does_not_have_is_refused_before_anything_is_written(world: World) -> None:
+    config = world.set(cnn={"freeze_until": "stage5"})
+    with pytest.raises(UserError, match=r"^cnn\.freeze_until=stage5: .*did you mean stage\d\?; possible are conv1, "):
+        train(world, config)
+    assert not world.run.exists()
+
+
 def test_bf16_trains_too(world: World) -> None:
     config = world.set(cnn={"precision": "bf16", "epochs": 1})
     with cpu_with_bf16(False), pytest.raises(UserError, match=r"^cnn\.precision=bf16: .* cnn\.precision=fp32"):

@@ -16,6 +16,7 @@ import yaml
 from configs.errors import UserError
 from configs.schema import CnnConfig, Config, LstmHead
 from engine.checkpoints import load_checkpoint
+from engine.logs import read_metrics
 from engine.stopping import Stopped, StopRequest
 from features.store_folder import load_feature_set
 from stage1_cnn.encoders.backbone import build_backbone
@@ -196,6 +197,26 @@ def test_a_step_in_a_precision_that_is_not_computed_is_refused_before_the_first(
     with cpu_with_bf16(False), pytest.raises(UserError, match=message):
         joint(stages, config, f"refused-{step}")
     assert not (stages.config.runs / f"refused-{step}").exists()
+
+
+def test_frozen_layers_stay_through_all_steps(stages: World) -> None:
+    """With gradient checkpointing, and with a learning rate per block."""
+    frozen = {"freeze_until": "stage3", "layer_lr_decay": 0.5, "weights": "random"}
+    joint_settings = CL | {"gradient_checkpointing": True}
+    run = joint(stages, settings(stages, joint_settings, cnn=frozen), "partly", cnn=stages.run)
+    before, after = tensors(stages.run / "cnn/best.pt"), tensors(run / "joint/correlation/last.pt")
+    changed = {
+        name.split(".")[2]
+        for name in before
+        if name.startswith("backbone.") and not torch.equal(before[name], after[name])
+    }
+    assert changed == {"stage4", "conv5"}
+    rates = next(iter(read_metrics(run / "joint/multitask/metrics.jsonl", "epoch")))
+    assert rates["lr_backbone.stage4.3"] == pytest.approx(0.5 * rates["lr_backbone.conv5.0"])
+    with pytest.raises(UserError, match=r"freeze_until"):
+        joint(
+            stages, settings(stages, joint_settings, cnn=frozen | {"freeze_until": "stage2"}), "partly", cnn=stages.run
+        )
 
 
 def test_a_frozen_mapping_stays_through_the_correlation_step(stages: World) -> None:
