@@ -57,6 +57,7 @@ COMMANDS = {
         "Write a run's joint net as the MTRCNet programs do",
     ),
     "datasets": ("commands.datasets:datasets", "List and show the known data sets, and try a description on a folder"),
+    "encoders": ("commands.encoders:encoders", "List the known encoders, and say what one of them needs"),
     "annotations": ("commands.annotations:group", "Convert files of annotation tools, and find labels to check"),
     "features": ("commands.data:features", "Check, describe, import and export feature folders"),
     "config": ("commands.settings:config", "Show settings"),

@@ -52,9 +52,26 @@ def train_cnn(settings: Settings, trusted: bool) -> None:
 @click.option("--shard", default="0/1", metavar="I/N", help="Extract every N-th video, starting at I (0 to N-1).")
 @options.INDEX
 @click.option("--from-joint", "joint_run", metavar="RUN", help="Encode with the backbone of RUN's joint net.")
+@click.option(
+    "--encoder",
+    metavar="NAME",
+    help="Encode with this network as it is, without train-cnn (`encoders list` shows the names).",
+)
+@click.option("--weights", metavar="FILE", help="With --encoder: its weights, a value of cnn.weights.")
 @options.TRUSTED
-def extract(settings: Settings, shard: str, index_file: Path | None, joint_run: str | None, trusted: bool) -> None:
+def extract(
+    settings: Settings,
+    shard: str,
+    index_file: Path | None,
+    joint_run: str | None,
+    encoder: str | None,
+    weights: str | None,
+    trusted: bool,
+) -> None:
     """Compute one embedding per frame, in one HDF5 file per video.
+
+    By default the encoder is the CNN that train-cnn has trained under this name. --encoder names another one, which is
+    used as it is; frames are then resized and normalised as that encoder documents.
 
     The file also contains tool logits and labels. Files that exist and pass verification are skipped, so a second start
     only computes what is missing. If a video is damaged, it is reported, the others are extracted, and the exit code is
@@ -65,8 +82,13 @@ def extract(settings: Settings, shard: str, index_file: Path | None, joint_run: 
     from features.dataset.catalogue import open_dataset
     from stage1_cnn.extract import extract as extract_features
 
+    if encoder is None and weights is not None:
+        raise UserError("--weights: belongs to --encoder NAME; name the encoder whose weights these are")
+    if encoder is not None:
+        options.refuse("--encoder", options.given("joint_run"))
     checkpoint = settings.joint_checkpoint(joint_run)
-    config = settings.changed({"data.index": index_file, "extract.checkpoint": checkpoint})
+    frozen = {"cnn.backbone": encoder, "cnn.weights": weights, "extract.encoder": encoder and "initial"}
+    config = settings.changed({"data.index": index_file, "extract.checkpoint": checkpoint, **frozen})
     options.note_unused(settings, "temporal", "joint")
     options.refuse_trusted(trusted, options.known_encoder(config))
     run = settings.run()

@@ -14,16 +14,18 @@ from pydantic.fields import FieldInfo
 
 from configs.ablation import AblationConfig
 from configs.dataset_spec import DataSetSpec
+from configs.encoder_spec import own_preprocess
 from configs.errors import UserError, did_you_mean, one_line
 from configs.mapping import ClassMapping
 from configs.overlap import Overlap, OverlapList
-from configs.schema import DEFAULT_HEAD, HEAD_SETTINGS, Config, HeadSettings
+from configs.schema import DEFAULT_BACKBONE, DEFAULT_HEAD, HEAD_SETTINGS, Config, HeadSettings
 
 PRESETS = Path(__file__).resolve().parent
 DEFAULT_PRESET = "cholec80"
 MAX_YAML_BYTES = 256 << 10  # presets have up to 5 kB; PyYAML takes about 5 s for a file of this size
 MAX_YAML_VALUES = 50_000
 _HEAD_NAME = ("temporal", "head", "name")
+_BACKBONE = ("cnn", "backbone")
 _NUMBER_TAGS = {"tag:yaml.org,2002:int", "tag:yaml.org,2002:float"}
 _OTHER_BASE = re.compile(r"[-+]?(0[0-7_]*[1-7]_*[0-7][0-7_]*|.*:.*)")  # YAML reads 010 as 8, and 1:30 as 90
 Model = TypeVar("Model", bound=BaseModel)
@@ -298,18 +300,27 @@ def _leaves(keys: tuple[str, ...], value: object) -> list[tuple[tuple[str, ...],
 
 
 def _apply(tree: dict[str, Any], given: Mapping[tuple[str, ...], object]) -> None:
-    for keys in sorted(given, key=lambda keys: (keys != _HEAD_NAME, keys)):  # the head's name first
+    for keys in sorted(given, key=lambda keys: (keys not in (_HEAD_NAME, _BACKBONE), keys)):  # names come first
         node = tree
         for name in keys[:-1]:
             child = {} if node.get(name) is None else node[name]  # an optional block may be absent
             if not isinstance(child, dict):
                 raise UserError(f"--set {'.'.join(keys)}: {name} is a value, not a block")
             node[name] = node = dict(child)  # copy the block, which other blocks may share through a YAML alias
+        if keys == _BACKBONE and given[keys] != node.get("backbone", DEFAULT_BACKBONE):
+            _drop_preprocess(tree, str(given[keys]))
         # If the name of the head changes, drop the settings that the file gives for its own head.
         if keys == _HEAD_NAME and node.get("name", DEFAULT_HEAD) != given[keys]:
             node.clear()
         if not (given[keys] == {} and _is_block(keys) and node.get(keys[-1])):
             node[keys[-1]] = given[keys]
+
+
+def _drop_preprocess(tree: dict[str, Any], backbone: str) -> None:
+    """Drop what the file says about the images of its own backbone, if `backbone` states its own preprocessing."""
+    block = tree.get("preprocess")
+    if isinstance(block, dict) and own_preprocess(backbone):
+        tree["preprocess"] = {key: value for key, value in block.items() if key == "cut_margin"}
 
 
 def _read_config(tree: dict[str, Any], where: str) -> Config:

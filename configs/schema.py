@@ -26,6 +26,7 @@ from pydantic import (
     model_validator,
 )
 
+from configs.encoder_spec import own_preprocess
 from configs.errors import UserError
 from configs.registry import Registry
 
@@ -33,6 +34,7 @@ MAIN_TRACK = "phases"  # the label track that every data set has
 MAX_FPS = 10_000.0  # cameras with 1,000 frames per second exist; rates above this limit come from damaged files
 # The folder of a stage in a run is called like the section of its settings.
 CNN_FOLDER, EXTRACT_FOLDER, TEMPORAL_FOLDER, JOINT_FOLDER = "cnn", "extract", "temporal", "joint"
+DEFAULT_BACKBONE = "resnet50"
 Inference = Literal["carried", "clip"]
 Precision = Literal["auto", "native", "fp32", "bf16", "fp16"]
 
@@ -170,22 +172,54 @@ class DataConfig(Strict):
         return {str(name): reason for name, reason in reasons.items()}
 
 
-class PreprocessConfig(Strict):
-    """How frames are cropped, resized and normalised for the backbone, in the same way in all modes."""
+_Pixels = Annotated[int, Field(ge=16, le=2048)]
+Size = _Pixels | tuple[_Pixels, _Pixels]  # the side of a square, or height and width
+
+
+def height_width(size: Size) -> tuple[int, int]:
+    """Return height and width in pixels of an image of this size."""
+    return (size, size) if isinstance(size, int) else size
+
+
+class PreprocessConfig(OmitsDefaults):
+    """How frames are cropped, resized and normalised for the backbone, in the same way in all modes.
+
+    In a `Config`, values that are not given are those of the encoder (`own_preprocess` in `configs.encoder_spec`).
+    """
+
+    OMITTED = frozenset({"short_side_px", "interpolation"})
 
     cut_margin: bool = Field(False, description="cut off the black margin around the endoscope image before resizing")
-    resize_px: int = Field(250, ge=16, le=2048)
-    crop_px: int = Field(224, ge=16, le=2048)
+    resize_px: Size = Field(250, description="side of the square that frames are resized to, or [height, width]")
+    crop_px: Size = Field(
+        224, description="side of the square that is cut out of the resized frame for the net, or [height, width]"
+    )
+    short_side_px: _Pixels | None = Field(
+        None,
+        description="resize frames so that the short side has this length and the aspect is kept, and then cut out the "
+        "centre of size resize_px; null: resize to resize_px without keeping the aspect",
+    )
+    interpolation: Literal["bilinear", "bicubic"] = Field("bilinear", description="Pillow's filter for resizing")
     mean: tuple[float, float, float] = (0.3456, 0.2281, 0.2233)
     std: tuple[float, float, float] = (0.2528, 0.2135, 0.2104)
 
     @model_validator(mode="after")
     def _crop_fits(self) -> PreprocessConfig:
-        if self.crop_px > self.resize_px:
-            raise ValueError(f"crop_px {self.crop_px} is larger than resize_px {self.resize_px}")
+        resized = height_width(self.resize_px)
+        if any(cut > side for cut, side in zip(height_width(self.crop_px), resized, strict=True)):
+            raise ValueError(f"crop_px {_pixels(self.crop_px)} is larger than resize_px {_pixels(self.resize_px)}")
+        if self.short_side_px is not None and self.short_side_px < max(resized):
+            raise ValueError(
+                f"short_side_px {self.short_side_px} is smaller than resize_px {_pixels(self.resize_px)}, which is cut "
+                "out of the resized frame"
+            )
         if min(self.std) <= 0:
             raise ValueError("std must be positive")
         return self
+
+
+def _pixels(size: Size) -> str:
+    return str(size) if isinstance(size, int) else "x".join(map(str, size))
 
 
 class CacheConfig(Strict):
@@ -262,7 +296,9 @@ class CnnConfig(OmitsDefaults, LoopConfig):
     OMITTED = frozenset({"freeze_until", "layer_lr_decay"})
 
     backbone: str = Field(
-        "resnet50", description="a torchvision classification net, efficientnet_lite0, or a net of a plug-in"
+        DEFAULT_BACKBONE,
+        description="encoder: a torchvision classification net, a name that `encoders list` shows, timm:NAME, or a net "
+        "of a plug-in",
     )
     weights: str = Field(
         "imagenet",
@@ -631,3 +667,19 @@ class Config(Strict):
     extract: ExtractConfig = ExtractConfig()
     temporal: TemporalConfig = TemporalConfig()
     joint: JointConfig = JointConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preprocess_follows_the_encoder(cls, tree: Any) -> Any:
+        """Take the values of `preprocess` that are not given from the encoder, if it states its own."""
+        if not isinstance(tree, Mapping):
+            return tree
+        cnn, given = tree.get("cnn"), {} if tree.get("preprocess") is None else tree["preprocess"]
+        backbone = cnn.get("backbone") if isinstance(cnn, Mapping) else getattr(cnn, "backbone", None)
+        if not isinstance(backbone, str) or not isinstance(given, Mapping):
+            return tree
+        own = own_preprocess(backbone)
+        if "short_side_px" in own and "resize_px" in given:  # the size is given, the aspect is the encoder's
+            resized = given["resize_px"]
+            own["short_side_px"] = max(resized) if isinstance(resized, list | tuple) else resized
+        return {**tree, "preprocess": {**own, **given}} if own else tree

@@ -151,6 +151,8 @@ def load_external_state(path: Path, trusted: bool = False) -> dict[str, torch.Te
     reported and left out; none of them is executed. Raises UserError if the file contains no named tensor. Also raises
     UserError if this version of torch cannot load third-party files safely, unless the file is `trusted`.
     """
+    if path.suffix == ".safetensors":
+        return _load_safetensors(path)
     if not trusted:
         _require_safe_torch(path, "upgrade to 2.10 or newer, or pass --trusted if you know where the file comes from")
     content, objects = _load_without_objects(path)
@@ -164,6 +166,20 @@ def load_external_state(path: Path, trusted: bool = False) -> dict[str, torch.Te
         raise UserError(f"{path}: not a state dict: some of its keys are not names")
     if objects:
         say(f"{path}: other Python objects ({named}) were ignored; none was executed")
+    return tensors
+
+
+def _load_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """Read a file of safetensors, which holds nothing but named tensors. Raises UserError if it is damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(path)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{path}: not a safetensors file, or damaged ({type_and_line(error)})") from error
+    if not tensors or not all(name.isprintable() for name in tensors):
+        raise UserError(f"{path}: holds no named tensors; choose another file of weights")
     return tensors
 
 

@@ -105,8 +105,11 @@ class EncoderSpec:
 
     @property
     def folder_name(self) -> str:
-        """The name of the encoder's feature folder: `<backbone>-<first 12 digits of the digest>`."""
-        return f"{self.backbone}-{self.digest[:12]}"
+        """The name of the encoder's feature folder: `<backbone>-<first 12 digits of the digest>`.
+
+        A colon, which rsync and scp take as the end of a host's name, becomes a hyphen.
+        """
+        return f"{self.backbone.replace(':', '-')}-{self.digest[:12]}"
 
 
 @dataclass(frozen=True)

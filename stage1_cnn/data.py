@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from configs.errors import UserError
-from configs.schema import AugmentConfig, Config, PreprocessConfig
+from configs.schema import AugmentConfig, Config, PreprocessConfig, Size, height_width
 from engine.launch import available_cores
 from engine.pool import Shared, failure_reason, serve_parent
 from engine.session import epoch_generator
@@ -186,14 +186,14 @@ class ClipDataset(torch.utils.data.Dataset):
     The error is returned and not raised, because a loader process would add a traceback to a raised one.
     """
 
-    def __init__(self, splits: dict[str, LabelledFrames], crop_px: int, augment: AugmentConfig, seed: int) -> None:
+    def __init__(self, splits: dict[str, LabelledFrames], crop_px: Size, augment: AugmentConfig, seed: int) -> None:
         self.splits, self.crop_px, self.augment, self.seed = splits, crop_px, augment, seed
 
     def __getitem__(self, request: Request) -> ClipBatch | UserError:
         frames = self.splits[request.split]
         augment = _CENTRE if request.epoch is None else self.augment
         shape = (len(request.first), max(request.lengths))
-        images = np.zeros((*shape, self.crop_px, self.crop_px, 3), dtype=np.uint8)
+        images = np.zeros((*shape, *height_width(self.crop_px), 3), dtype=np.uint8)
         phase = np.full(shape, NO_LABEL, dtype=np.int64)
         tools = np.full((*shape, frames.tools.shape[1]), NO_LABEL, dtype=np.float32)
         drawn = []
@@ -205,7 +205,7 @@ class ClipDataset(torch.utils.data.Dataset):
             except UserError as error:
                 return error
             generator = augment_generator(self.seed, request.epoch or 0, draw)
-            drawn.append(draw_change(generator, augment, clip.shape[1], self.crop_px))
+            drawn.append(draw_change(generator, augment, clip.shape[1:3], self.crop_px))
             images[n, :length] = drawn[n].crop(clip, self.crop_px)
             if request.counts:
                 phase[n, :length], tools[n, :length] = frames.phase[rows], frames.tools[rows]

@@ -5,13 +5,14 @@ The decoding processes are those of `stage1_cnn.decoding`. Cropping, normalisati
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Container, Generator, Iterator, Sequence
 from contextlib import closing, suppress
 from typing import Any
 
 import torch
 
-from configs.schema import Config
+from configs.schema import Config, height_width
 from engine.device import choose_device
 from engine.launch import ranks_here
 from engine.memory import free_shared_memory
@@ -51,7 +52,7 @@ def fitting_decoders(wanted: int, config: Config) -> int:
     Prints a note if the number is smaller than `wanted`.
     """
     free_bytes = free_shared_memory()
-    batch_bytes = encoded_at_once(config) * 3 * config.preprocess.resize_px**2
+    batch_bytes = encoded_at_once(config) * 3 * math.prod(height_width(config.preprocess.resize_px))
     each = (QUEUE_BATCHES + 1) * batch_bytes  # one more batch is being decoded
     fitting = wanted if free_bytes is None else max(1, min(wanted, free_bytes // ranks_here() // each))
     if fitting < wanted:

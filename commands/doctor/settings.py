@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from commands.doctor.machine import Check, Finding, Level, check_folder, examine
 from configs.errors import UserError, listed, type_and_line
 
 if TYPE_CHECKING:
-    from configs.schema import Config
+    from configs.schema import Config, Size
     from features.dataset.index import Dataset
 
 READER_LIMIT_S = 60.0
@@ -176,16 +177,18 @@ def _training_steps(config: Config) -> Iterator[tuple[str, int, str, bool, str]]
     yield "train-joint", frames, joint.multitask.precision, joint.gradient_checkpointing, less
 
 
-def step_gib(frames: int, precision: str, crop_px: int, checkpointing: bool) -> float:
+def step_gib(frames: int, precision: str, crop_px: Size, checkpointing: bool) -> float:
     """Estimate the GPU memory, in GiB, that a training step of ResNet50 needs.
 
     The estimate extrapolates from the bytes in use that were counted at 224 pixels. Activations are proportional to
     frames and pixels. Weights, gradients and momentum take 0.2 GiB; the CUDA context and cuDNN's workspace take about
     1.5 GiB.
     """
+    from configs.schema import height_width
+
     wide = precision == "fp32"
     per_frame = (0.031 if wide else 0.0165) if checkpointing else (0.082 if wide else 0.042)
-    return 1.7 + frames * per_frame * (crop_px / 224) ** 2
+    return 1.7 + frames * per_frame * math.prod(height_width(crop_px)) / 224**2
 
 
 def check_weights(config: Config) -> Iterable[Finding]:

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import UserError, one_line
-from configs.schema import CacheConfig, PreprocessConfig
+from configs.schema import CacheConfig, PreprocessConfig, height_width
 from engine.files import make_folder, remove_stale_temporaries, require_free_bytes, sha256_json
 from features.frames.preprocess import Geometry, geometry_json
 from features.ids import file_stem
@@ -77,7 +77,8 @@ class FrameCache:
     def estimate_bytes(self, frame_count: int) -> int:
         """Return an upper estimate of the bytes of `frame_count` frames, for videos like those of Cholec80."""
         fraction = _FRACTION_LOSSLESS if self.config.codec in _LOSSLESS else _FRACTION_JPEG
-        return int(frame_count * (3 * self.preprocess.resize_px**2 * fraction + 32)) + 64_000
+        height, width = height_width(self.preprocess.resize_px)
+        return int(frame_count * (3 * height * width * fraction + 32)) + 64_000
 
     def find(self, request: CacheRequest, deep: bool = False) -> CachedFrames | None:
         """Return the requested frames if the cache contains all of them, made from this source; otherwise None."""

@@ -3,13 +3,14 @@
 The steps, in order:
 
 1. Cut off the endoscope's black margin, if the settings say so (the same box for all frames of a video).
-2. Resize to a square of `resize_px`, without keeping the aspect ratio (as the reference programs do). Pillow's
-   antialiased bilinear filter computes in integers, so the result is the same on every machine.
+2. Resize to `resize_px`, without keeping the aspect ratio (as the reference programs do). Or, with `short_side_px`,
+   resize with the aspect kept and cut out the centre. Pillow's antialiased filters compute in integers, so the result
+   is the same on every machine.
 3. Crop to `crop_px`.
 4. Scale to [0, 1], and normalise with a mean and standard deviation per channel.
 
 The frame cache stores frames after step 2. Letters in shapes: N frames, T frames of a clip, R resized size, S crop
-size.
+size; frames need not be square, so that R x R stands for the height and width `resize_px`, and S x S for `crop_px`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import UserError
-from configs.schema import AugmentConfig, PreprocessConfig
+from configs.schema import AugmentConfig, PreprocessConfig, Size, height_width
 from features.store import IMPORTED
 from features.video.base import FrameReader
 
@@ -43,6 +44,7 @@ MARGIN_FRAMES = 12
 # to the field of view.
 _BLACK_LEVEL = 24
 _BRIGHT_FRACTION = 0.05
+_MOST_LONG_PX = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,11 @@ class Geometry:
     `box` is the part to keep, (left, top, right, bottom) in pixels, or None for the whole frame.
     """
 
-    resize_px: int
+    resize_px: Size
     box: Box | None = None
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    short_side_px: int | None = None
+    crop_px: Size | None = None  # given if there is a `short_side_px`
 
     @classmethod
     def of_video(cls, config: PreprocessConfig, reader: FrameReader) -> Geometry:
@@ -61,9 +66,9 @@ class Geometry:
 
         The box depends only on the video (not on sampling rate, epoch or worker), so it is the same in every mode.
         """
-        if not config.cut_margin:
-            return cls(config.resize_px)
-        return cls(config.resize_px, find_margin(reader.read(reader.spread(MARGIN_FRAMES))))
+        box = find_margin(reader.read(reader.spread(MARGIN_FRAMES))) if config.cut_margin else None
+        short = config.short_side_px
+        return cls(config.resize_px, box, config.interpolation, short, None if short is None else config.crop_px)
 
     def resize_frame(self, rgb: np.ndarray) -> np.ndarray:
         """Cut and resize a frame: (H, W, 3) uint8 -> (R, R, 3) uint8. A box beyond the frame is cut to the frame."""
@@ -74,10 +79,34 @@ class Geometry:
             cut = rgb[top:bottom, left:right]
             rgb = cut if cut.size else rgb
         image = Image.fromarray(np.ascontiguousarray(rgb))
-        return np.array(image.resize((self.resize_px, self.resize_px), Image.Resampling.BILINEAR))
+        height, width = self._size(*rgb.shape[:2])
+        pixels = np.array(image.resize((width, height), Image.Resampling[self.interpolation.upper()]))
+        return pixels if self.short_side_px is None else self._centre(pixels)
+
+    def _size(self, height: int, width: int) -> tuple[int, int]:
+        """The height and width to which a frame of this size is resized, with torchvision's rounding."""
+        short = self.short_side_px
+        if short is None:
+            return height_width(self.resize_px)
+        shorter, longer = sorted((height, width))
+        # the limit protects against frames of extreme aspect, of which the centre alone is kept
+        scaled = min(int(short * longer / shorter), _MOST_LONG_PX)
+        return (short, scaled) if height <= width else (scaled, short)
+
+    def _centre(self, pixels: np.ndarray) -> np.ndarray:
+        """The centre of size R, placed so that its own centre crop is the one that torchvision's CenterCrop cuts out.
+
+        CenterCrop rounds half pixels to even numbers, the later crop (`crop_frames`) rounds down.
+        """
+        stored, crop = height_width(self.resize_px), height_width(self.crop_px or self.resize_px)
+        sizes = zip(pixels.shape, stored, crop, strict=False)
+        top, left = (
+            min(max(round((whole - cut) / 2) - (kept - cut) // 2, 0), whole - kept) for whole, kept, cut in sizes
+        )
+        return np.ascontiguousarray(pixels[top : top + stored[0], left : left + stored[1]])
 
     def to_json(self) -> dict[str, Any]:
-        return {"resize_px": self.resize_px, "box": None if self.box is None else list(self.box)}
+        return {"resize_px": _plain(self.resize_px), "box": None if self.box is None else list(self.box)}
 
 
 def find_margin(frames: Iterable[np.ndarray]) -> Box | None:
@@ -105,18 +134,18 @@ def find_margin(frames: Iterable[np.ndarray]) -> Box | None:
     return None if box == (0, 0, size[1], size[0]) else box
 
 
-def crop_frames(frames: Frames, crop_px: int, count: CropCount = 1) -> Frames:
+def crop_frames(frames: Frames, crop_px: Size, count: CropCount = 1) -> Frames:
     """Cut crops for evaluation from frames of any data type: (N, R, R, 3) -> (N, count, S, S, 3).
 
-    With `count` 1, this is the centre (a view, with offset (R - S) // 2). With 5: top left, top right, bottom left,
-    bottom right, centre. With 10: these five, then the five of the frame mirrored left to right (torchvision's order).
+    With `count` 1, this is the centre (a view, with offset (R - S) // 2 on each axis). With 5: top left, top right,
+    bottom left, bottom right, centre. With 10: these five, then the five of the frame mirrored left to right
+    (torchvision's order).
     """
-    rest = frames.shape[1] - crop_px
-    if rest < 0:
-        raise ValueError(f"cannot crop {crop_px} from {frames.shape[1]} pixels")
+    below, right = _rest(frames.shape[1:3], crop_px)
+    centre = (below // 2, right // 2)
     if count == 1:
-        return _cut(frames, rest // 2, rest // 2, crop_px)[:, None]  # type: ignore[no-any-return]
-    offsets = [(0, 0), (0, rest), (rest, 0), (rest, rest), (rest // 2, rest // 2)]
+        return _cut(frames, *centre, crop_px)[:, None]  # type: ignore[no-any-return]
+    offsets = [(0, 0), (0, right), (below, 0), (below, right), centre]
     sources = [frames, _mirrored(frames)] if count == 10 else [frames]
     crops: Any = [_cut(source, top, left, crop_px) for source in sources for top, left in offsets]
     if isinstance(frames, np.ndarray):
@@ -126,8 +155,18 @@ def crop_frames(frames: Frames, crop_px: int, count: CropCount = 1) -> Frames:
     return torch.stack(crops, dim=1)  # type: ignore[return-value]
 
 
-def _cut(frames: Any, top: int, left: int, crop_px: int) -> Any:
-    return frames[..., top : top + crop_px, left : left + crop_px, :]
+def _rest(size: Sequence[int], crop_px: Size) -> tuple[int, int]:
+    """How many rows and columns of a frame of `size` (height, width) a crop leaves over. Raises ValueError if none."""
+    height, width = height_width(crop_px)
+    below, right = size[0] - height, size[1] - width
+    if min(below, right) < 0:
+        raise ValueError(f"cannot crop {height} x {width} from {size[0]} x {size[1]} pixels")
+    return below, right
+
+
+def _cut(frames: Any, top: int, left: int, crop_px: Size) -> Any:
+    height, width = height_width(crop_px)
+    return frames[..., top : top + height, left : left + width, :]
 
 
 def _mirrored(frames: Any) -> Any:
@@ -148,24 +187,25 @@ class Draw:
     flip: bool
     colour: NDArray[np.float32]  # (3,)
 
-    def crop(self, frames: Frames, crop_px: int) -> Frames:
+    def crop(self, frames: Frames, crop_px: Size) -> Frames:
         """(T, R, R, 3) -> (T, S, S, 3), a view."""
         return _cut(frames, self.top, self.left, crop_px)  # type: ignore[no-any-return]
 
 
-def draw_change(generator: np.random.Generator, config: AugmentConfig, resize_px: int, crop_px: int) -> Draw:
+def draw_change(generator: np.random.Generator, config: AugmentConfig, resize_px: Size, crop_px: Size) -> Draw:
     """Draw a random augmentation for frames of `resize_px`.
 
     The number of values drawn is always the same, so that enabling one kind of change does not alter the others.
     """
-    rest = resize_px - crop_px
-    if rest < 0:
-        raise ValueError(f"cannot crop {crop_px} from {resize_px} pixels")
-    top, left = generator.integers(0, rest + 1, size=2).tolist()
+    below, right = _rest(height_width(resize_px), crop_px)
+    if below == right:  # one call, which draws what earlier versions drew
+        top, left = generator.integers(0, below + 1, size=2).tolist()
+    else:
+        top, left = (int(generator.integers(0, rest + 1)) for rest in (below, right))
     flip = bool(generator.random() < 0.5) and config.flip
     signed = generator.uniform(-1.0, 1.0, size=3).astype(np.float32)
     if config.crop == "centre":
-        top = left = rest // 2
+        top, left = below // 2, right // 2
     strength = np.array([config.brightness, config.contrast, config.saturation], dtype=np.float32)
     return Draw(top, left, flip, 1 + strength * signed)
 
@@ -175,12 +215,12 @@ def changes_colour(config: AugmentConfig) -> bool:
     return bool(config.brightness or config.contrast or config.saturation)
 
 
-def augment(frames: Frames, generator: np.random.Generator, config: AugmentConfig, crop_px: int) -> Frames:
+def augment(frames: Frames, generator: np.random.Generator, config: AugmentConfig, crop_px: Size) -> Frames:
     """Crop and mirror all frames of a clip in the same random way: (T, R, R, 3) uint8 -> (T, S, S, 3).
 
     Colours are not changed here.
     """
-    draw = draw_change(generator, config, frames.shape[1], crop_px)
+    draw = draw_change(generator, config, (frames.shape[1], frames.shape[2]), crop_px)
     cut = draw.crop(frames, crop_px)
     changed: Any = _mirrored(cut) if draw.flip else cut
     dense: Any = np.ascontiguousarray(changed) if isinstance(changed, np.ndarray) else changed.contiguous()
@@ -263,7 +303,7 @@ def preprocess_json(config: PreprocessConfig) -> dict[str, Any]:
 
     It is part of the encoder's identity.
     """
-    crop = {"crop": "centre", "crop_px": config.crop_px}
+    crop = {"crop": "centre", "crop_px": _plain(config.crop_px)}
     return {**geometry_json(config), **crop, "scale": "1/255", "mean": list(config.mean), "std": list(config.std)}
 
 
@@ -286,6 +326,7 @@ def preprocess_from_json(recorded: Any, where: str) -> PreprocessConfig:
         config = PreprocessConfig(
             cut_margin=recorded["cut_margin"] is not None,
             **{key: recorded[key] for key in ("resize_px", "crop_px", "mean", "std")},
+            **{key: recorded[key] for key in ("short_side_px", "interpolation") if key in recorded},
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{where}: does not record how its frames were preprocessed; train it again") from error
@@ -297,8 +338,16 @@ def preprocess_from_json(recorded: Any, where: str) -> PreprocessConfig:
 def geometry_json(config: PreprocessConfig) -> dict[str, Any]:
     """Return the settings of the steps before the crop, which identify cached frames."""
     margin = {"frames": MARGIN_FRAMES, "black_level": _BLACK_LEVEL, "bright_share": _BRIGHT_FRACTION}
-    return {
-        "resize_px": config.resize_px,
-        "resize": "Pillow bilinear, antialiased, aspect not kept",
+    aspect = "not kept" if config.short_side_px is None else "kept"
+    found = {
+        "resize_px": _plain(config.resize_px),
+        "resize": f"Pillow {config.interpolation}, antialiased, aspect {aspect}",
         "cut_margin": margin if config.cut_margin else None,
+        **config.model_dump(mode="json", include={"short_side_px", "interpolation"}),
     }
+    # where the centre lies depends on the crop that is cut out of it later
+    return found if config.short_side_px is None else {**found, "crop_px": _plain(config.crop_px)}
+
+
+def _plain(size: Size) -> int | list[int]:
+    return size if isinstance(size, int) else list(size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from configs.errors import UserError, one_line
-from configs.schema import Config
+from configs.schema import Config, Size, height_width
 from engine.checkpoints import load_external_state
 from engine.progress import say
 from stage1_cnn.encoders.layers import layers_until
@@ -25,22 +25,33 @@ class Backbone(nn.Module):
     """A network that computes embeddings (N, D) of images (N, 3, S, S).
 
     The children of `net` keep their names (for ResNets conv1, bn1, relu, maxpool, layer1..4, avgpool). If
-    `embedding_dim` is None, `net` is a classification network. Its last linear layer, `head_name`, is then replaced by
-    the identity, and D is the width of that layer's input. Raises UserError if there is no such layer.
+    `embedding_dim` is None, `net` is a classification network. Its last linear layer is then replaced by the identity,
+    and D is the width of that layer's input. Raises UserError if there is no such layer. `removed` are the names of
+    layers that files of weights have and `net` has not. `embed` computes the embeddings with `net`, if not `net`
+    itself.
     """
 
-    def __init__(self, name: str, net: nn.Module, embedding_dim: int | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        net: nn.Module,
+        embedding_dim: int | None = None,
+        embed: Callable[[nn.Module, Tensor], Tensor] | None = None,
+        removed: tuple[str, ...] = (),
+    ) -> None:
         super().__init__()
         self.name = name
         self.net = net
-        self.head_name = ""
+        self._embed = embed
+        self.removed = removed
         if embedding_dim is None:
             layers = [(path, layer) for path, layer in net.named_modules() if isinstance(layer, nn.Linear)]
             if not layers:
                 raise UserError(f"cnn.backbone={name}: has no linear layer to remove; resnet50 is the default")
-            self.head_name, last = layers[-1]
+            path, last = layers[-1]
+            self.removed = (path,)
             embedding_dim = last.in_features
-            replace_layer(net, self.head_name, nn.Identity())
+            replace_layer(net, path, nn.Identity())
         self.embedding_dim = embedding_dim
         self.batch_norm_frozen = False
         self.frozen_until: str | None = None  # the path of a layer in `net`
@@ -51,7 +62,7 @@ class Backbone(nn.Module):
         Raises UserError if batch norm cannot learn, which is so for a single image with feature maps of 1 x 1.
         """
         try:
-            embedding: Tensor = self.net(images)  # (N, D)
+            embedding: Tensor = self.net(images) if self._embed is None else self._embed(self.net, images)  # (N, D)
         except ValueError as error:
             if not self.training or len(images) > 1:
                 raise
@@ -123,7 +134,7 @@ def freeze_until(backbone: Backbone, name: str) -> None:
     say(f"cnn.freeze_until={name}: {what}")
 
 
-def require_image_size(backbone: Backbone, size_px: int) -> None:
+def require_image_size(backbone: Backbone, size_px: Size) -> None:
     """Raise UserError if the network does not accept images of `size_px`.
 
     They may be too small for it, and transformers have a fixed size.
@@ -132,7 +143,7 @@ def require_image_size(backbone: Backbone, size_px: int) -> None:
     device = next(backbone.parameters()).device
     try:
         with torch.inference_mode():
-            embedding = backbone.eval()(torch.zeros(1, 3, size_px, size_px, device=device))
+            embedding = backbone.eval()(torch.zeros(1, 3, *height_width(size_px), device=device))
     except (RuntimeError, AssertionError, ValueError) as error:
         raise UserError(
             f"cnn.backbone={backbone.name} cannot take images of preprocess.crop_px={size_px} "
@@ -160,7 +171,9 @@ def build_backbone(name: str, weights: str, seed: int, *, trusted: bool = False,
     entry = find_encoder(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        backbone = Backbone(name, entry.build(), entry.embedding_dim)
+        net, dim = entry.build(), entry.embedding_dim
+        removed = entry.removed(net) if entry.removed is not None else ()
+        backbone = Backbone(name, net, dim(net) if callable(dim) else dim, entry.forward, removed)
     if weights == "random":
         return backbone
     if weights == "imagenet":
@@ -171,7 +184,7 @@ def build_backbone(name: str, weights: str, seed: int, *, trusted: bool = False,
     tensors = load_external_state(path, trusted or known)
     if entry.rename is not None:
         tensors = {entry.rename(key): tensor for key, tensor in tensors.items()}
-    found = find_weights(backbone.net, backbone.head_name, tensors, name, path)
+    found = find_weights(backbone.net, backbone.removed, tensors, name, path, entry.layouts)
     backbone.net.load_state_dict({**backbone.net.state_dict(), **found.state})
     if not known:
         say(f"{path}: {describe_match(found, tensors, name)}")

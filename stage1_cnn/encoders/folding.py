@@ -11,20 +11,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from configs.schema import Size, height_width
 from stage1_cnn.encoders.backbone import replace_layer
 
 # Folding changes only roundings. If an embedding changes by more than this fraction, the net was folded wrongly.
 _TOLERANCE = 1e-3
 
 
-def fold_batch_norm(net: nn.Module, size_px: int) -> nn.Module | None:
+def fold_batch_norm(net: nn.Module, size_px: Size) -> nn.Module | None:
     """A copy of `net`, in evaluation mode, in which each batch norm after a convolution is folded into it.
 
-    The pairs of layers are found by running one image (3, `size_px`, `size_px`) through the net, which also works for
+    The pairs of layers are found by running one image of `size_px` through the net, which also works for
     nets that cannot be traced. None if there are no such pairs, or if the copy computes another embedding of the image.
     """
     folded = copy.deepcopy(net).eval()
-    image = torch.randn(1, 3, size_px, size_px, generator=torch.Generator().manual_seed(0))
+    image = torch.randn(1, 3, *height_width(size_px), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         pairs = list(_pairs(folded, image))
     for convolution, norm in pairs:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from configs.schema import Size, height_width
 from engine import onednn
 
 # Fusing changes only roundings, which change an embedding by less than this fraction of its largest value. A larger
@@ -51,10 +52,10 @@ class ConvRelu(nn.Module):
         return self.__dict__ | {"_laid_out": None}
 
 
-def fuse_relu(net: nn.Module, size_px: int) -> nn.Module | None:
+def fuse_relu(net: nn.Module, size_px: Size) -> nn.Module | None:
     """The same net, with the same weights but fused layers, for inference on a CPU; None if nothing could be fused.
 
-    Also None if the net cannot be traced, or if the fused net fails on an image (3, `size_px`, `size_px`) or computes
+    Also None if the net cannot be traced, or if the fused net fails on an image of `size_px` or computes
     another embedding of it.
     """
     if not onednn.convolves(torch.float32):
@@ -63,7 +64,7 @@ def fuse_relu(net: nn.Module, size_px: int) -> nn.Module | None:
         traced = fx.symbolic_trace(net)
     except Exception:  # the net's own code may raise any error for a symbolic tensor
         return None
-    image = torch.randn(1, 3, size_px, size_px, generator=torch.Generator().manual_seed(0))
+    image = torch.randn(1, 3, *height_width(size_px), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected = net(image)
     _drop_identities(traced)

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from configs.errors import UserError, one_line, type_and_line
-from configs.schema import PreprocessConfig
+from configs.schema import PreprocessConfig, height_width
 
 _TELEMETRY = "openvino_telemetry"
 # One thread, since extraction runs one process per core. Not pinned to a core, since OpenVINO does not know about the
@@ -135,11 +135,11 @@ def calibrate(backbone: nn.Module, preprocess: PreprocessConfig, crops: Sequence
 
 def _model(backbone: nn.Module, preprocess: PreprocessConfig) -> Any:
     """An OpenVINO model (N, S, S, 3) uint8 -> (N, D) float32 for any N."""
-    ov, size = openvino(), preprocess.crop_px
+    ov, size = openvino(), height_width(preprocess.crop_px)
     steps = openvino("openvino.preprocess").PrePostProcessor
     with _refusals("convert"), torch.inference_mode():
-        image = torch.zeros(1, 3, size, size)
-        model = ov.convert_model(backbone.eval(), example_input=image, input=[-1, 3, size, size])
+        image = torch.zeros(1, 3, *size)
+        model = ov.convert_model(backbone.eval(), example_input=image, input=[-1, 3, *size])
         graph = steps(model)
         crops = graph.input()
         crops.tensor().set_element_type(ov.Type.u8).set_layout(ov.Layout("NHWC"))

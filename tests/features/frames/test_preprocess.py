@@ -169,9 +169,9 @@ def test_centre_offset_is_rounded_down():
 
 
 def test_crop_larger_than_the_frame_is_an_error():
-    with pytest.raises(ValueError, match="cannot crop 30 from 20 pixels"):
+    with pytest.raises(ValueError, match="cannot crop 30 x 30 from 20 x 20 pixels"):
         crop_frames(noise(1, 20, 20, 3), 30)
-    with pytest.raises(ValueError, match="cannot crop 30 from 20 pixels"):
+    with pytest.raises(ValueError, match="cannot crop 30 x 30 from 20 x 20 pixels"):
         augment(noise(1, 20, 20, 3), augment_generator(0, 0, 0), AugmentConfig(), 30)
 
 

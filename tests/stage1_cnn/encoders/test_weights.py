@@ -42,7 +42,7 @@ def find(path: Path, content: Any) -> tuple[Found, str]:
     tensors = load_external_state(path, trusted=True)
     net = small()
     net.fc = nn.Identity()
-    found = find_weights(net, "fc", tensors, "small", path)
+    found = find_weights(net, ("fc",), tensors, "small", path)
     return found, describe_match(found, tensors, "small")
 
 

@@ -1,0 +1,111 @@
+"""The networks of timm (`timm:NAME`, `timm:NAME.TAG`), and what other families use of timm.
+
+timm is imported only when one of its networks is built. Nothing is ever downloaded: weights come from a file, or from
+the local cache of the Hugging Face hub.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from configs.encoder_spec import TIMM, EncoderDescription, Pooling
+from configs.errors import UserError, one_line
+from stage1_cnn.encoders.layout import Layout
+from stage1_cnn.encoders.registry import FAMILIES, EncoderEntry, Pretrained
+
+
+def build_timm(network: str, **options: Any) -> nn.Module:
+    """timm's `network` without a classifier, with random weights.
+
+    Vision transformers take images of every size that their patches divide: they interpolate their position embeddings
+    to it in each forward pass. Raises UserError if timm is missing or cannot build the network with `options`.
+    """
+    try:
+        import timm
+    except ImportError as error:
+        raise UserError(f"{TIMM}{network}: needs a package; in the checkout: pip install -e '.[timm]'") from error
+    try:
+        try:
+            net: nn.Module = timm.create_model(
+                network, pretrained=False, num_classes=0, dynamic_img_size=True, **options
+            )
+        except TypeError:  # this network has no position embeddings, or a fixed size
+            net = timm.create_model(network, pretrained=False, num_classes=0, **options)
+    except (TypeError, RuntimeError, ValueError, AssertionError) as error:
+        raise UserError(f"{TIMM}{network}: timm {timm.__version__} cannot build it ({one_line(error)})") from error
+    return net
+
+
+def embedding_dim(net: nn.Module, pooling: Pooling | None = None) -> int:
+    """The dimension of the embeddings of a network of timm that has no classifier."""
+    dim = int(getattr(net, "head_hidden_size", None) or net.num_features)  # type: ignore[arg-type]
+    return 2 * dim if pooling == "both" else dim
+
+
+def classifier(net: nn.Module) -> tuple[str, ...]:
+    """The names of the classifier's layers, which are part of published files."""
+    named = net.pretrained_cfg["classifier"]  # type: ignore[index]
+    return tuple(named) if isinstance(named, list | tuple) else (str(named),)
+
+
+def pool_tokens(net: nn.Module, images: Tensor, pooling: Pooling) -> Tensor:
+    """Embeddings of images (N, 3, S, S) from the normalised tokens of a vision transformer.
+
+    They are the class token, the mean of the patch tokens, or both in this order: (N, D) or (N, 2 D).
+    """
+    tokens = net.forward_features(images)  # type: ignore[operator]  # (N, prefix + patches, D)
+    token, mean = tokens[:, 0], tokens[:, net.num_prefix_tokens :].mean(dim=1)  # (N, D)
+    return {"token": lambda: token, "mean": lambda: mean, "both": lambda: torch.cat([token, mean], dim=1)}[pooling]()
+
+
+def hub_weights(network: str) -> Pretrained:
+    """timm's weights of `network` in the local cache of the Hugging Face hub. Raises UserError if there are none."""
+    from huggingface_hub import try_to_load_from_cache
+    from timm.models import get_pretrained_cfg
+
+    config = get_pretrained_cfg(network)
+    repository = config.hf_hub_id if config is not None else None
+    if config is None or not repository:
+        raise UserError(f"{TIMM}{network}: timm publishes no weights of it; set cnn.weights=FILE or random")
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        found = try_to_load_from_cache(repository, name)
+        if isinstance(found, str):
+            return Pretrained(Path(found), mean=tuple(config.mean), std=tuple(config.std))
+    raise UserError(
+        f"{TIMM}{network}: its weights are not on this machine, and this program does not download them: on a machine "
+        f"with internet run `hf download {repository} model.safetensors`, copy the file, and set cnn.weights=FILE"
+    )
+
+
+def timm_entry(
+    network: str,
+    pooling: Pooling | None,
+    *,
+    layouts: tuple[Layout, ...] = (),
+    pretrained: Callable[[], Pretrained] | None = None,
+    **options: Any,
+) -> EncoderEntry:
+    """The entry of a network of timm; with a `pooling`, of a vision transformer whose tokens are pooled."""
+    if pooling is not None:
+        options["global_pool"] = "token"
+    return EncoderEntry(
+        build=partial(build_timm, network, **options),
+        embedding_dim=partial(embedding_dim, pooling=pooling),
+        pretrained=pretrained,
+        layouts=layouts,
+        forward=None if pooling is None else partial(pool_tokens, pooling=pooling),
+        removed=classifier,
+    )
+
+
+def _entry(description: EncoderDescription, pooling: Pooling | None) -> EncoderEntry:
+    return timm_entry(description.network, pooling, pretrained=partial(hub_weights, description.network))
+
+
+FAMILIES.register("timm", _entry)
