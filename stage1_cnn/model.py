@@ -7,6 +7,7 @@ on the embedding; `ToolNet` has the same structure.
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,7 +119,12 @@ def synchronise_batch_norm(net: nn.Module, processes: Processes, device: torch.d
         return
     if device.type != "cuda":
         raise UserError(f"sync_batch_norm=true: torch synchronises batch norm on CUDA only, not on {device.type}")
-    nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    if "timm" in sys.modules:
+        from timm.layers import convert_sync_batchnorm  # torch's would drop the activations in timm's batch norm
+
+        convert_sync_batchnorm(net)
+    else:
+        nn.SyncBatchNorm.convert_sync_batchnorm(net)
 
 
 # ---------------------------------------------------------------------------------------------- checkpoints

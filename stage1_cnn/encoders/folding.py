@@ -32,7 +32,8 @@ def fold_batch_norm(net: nn.Module, size_px: Size) -> nn.Module | None:
         conv: Any = folded.get_submodule(convolution)
         after: Any = folded.get_submodule(norm)
         replace_layer(folded, convolution, fuse_conv_bn_eval(conv, after))
-        replace_layer(folded, norm, nn.Identity())
+        # what follows the norm in the same module: dropout and activation in timm's
+        replace_layer(folded, norm, nn.Sequential(*after.children()) if list(after.children()) else nn.Identity())
     if not pairs:
         return None
     with torch.inference_mode():

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from stage1_cnn.encoders.backbone import Backbone, batch_norms
+from stage1_cnn.encoders.layers import has_blocks, is_sequence, layers
 
 
 @contextmanager
@@ -36,24 +37,21 @@ def recomputed_blocks(backbone: Backbone) -> Iterator[None]:
 
 
 def blocks(net: nn.Module) -> list[nn.Module]:
-    """The blocks of a network: the members of its outermost `Sequential`s and `ModuleList`s that consist of layers.
+    """The blocks of a network: those of its `layers` that consist of layers themselves.
 
-    Examples are the residual blocks in `layer1` to `layer4` of a ResNet, the members of `features`, and the layers of a
-    transformer. A member that is itself a `Sequential` of blocks is divided into these blocks; one that consists of
-    single layers is one block.
+    Examples are the residual blocks in `layer1` to `layer4` of a ResNet, the members of `features`, the blocks in
+    ConvNeXt's stages, and the layers of a transformer. A sequence of single layers is one block.
     """
-    return list(_blocks(net, inside=False))
-
-
-def _blocks(module: nn.Module, inside: bool) -> Iterator[nn.Module]:
-    for child in module.children():
-        if isinstance(child, nn.Sequential | nn.ModuleList) and any(_has_layers(member) for member in child):
-            yield from _blocks(child, inside=True)
-        elif (inside or isinstance(child, nn.Sequential)) and _has_layers(child):
-            if next(child.parameters(), None) is not None:
-                yield child
-        else:
-            yield from _blocks(child, inside)
+    found: list[nn.Module] = []
+    sequence = ""
+    for layer in layers(net):
+        if sequence and layer.path.startswith(sequence):
+            continue
+        whole = is_sequence(layer.module) and not has_blocks(layer.module)
+        sequence = f"{layer.path}." if whole and layer.path else ""
+        if (whole or not layer.divided) and _has_layers(layer.module):
+            found.append(layer.module)
+    return [block for block in found if next(block.parameters(), None) is not None]
 
 
 def _has_layers(module: nn.Module) -> bool:

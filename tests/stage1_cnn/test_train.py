@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -301,3 +302,22 @@ def test_batch_norm_over_several_processes_is_refused_where_torch_has_none() -> 
     synchronise_batch_norm(net, Processes(0, 1), torch.device("cpu"))  # one process needs nothing
     with pytest.raises(UserError, match="sync_batch_norm=true: torch synchronises batch norm on CUDA only, not on cpu"):
         synchronise_batch_norm(net, Processes(0, 2), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", ["efficientnet_b0", "resnet10t"])
+def test_batch_norm_over_several_processes_keeps_what_timms_layers_do(name: str) -> None:
+    """Some of timm's batch norms apply the activation as well; torch's own conversion would leave it out."""
+    net = timm.create_model(name, num_classes=0)
+    before = {path: (len(list(layer.children())), layer) for path, layer in net.named_modules()}
+    freeze = next(path for path, (_, layer) in before.items() if isinstance(layer, nn.BatchNorm2d))
+    net.get_submodule(freeze).requires_grad_(False)
+    names = list(net.state_dict())
+    synchronise_batch_norm(net, Processes(0, 2), torch.device("cuda"))
+    assert list(net.state_dict()) == names
+    assert isinstance(net.get_submodule(freeze), nn.SyncBatchNorm)
+    assert not any(one.requires_grad for one in net.get_submodule(freeze).parameters())
+    for path, (parts, layer) in before.items():
+        if parts and isinstance(layer, nn.BatchNorm2d):
+            synced = net.get_submodule(path)
+            assert type(synced).forward is not nn.SyncBatchNorm.forward
+            assert type(synced.act) is type(layer.act)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -8,9 +9,16 @@ from stage1_cnn.encoders.backbone import build_backbone
 from stage1_cnn.encoders.folding import fold_batch_norm
 
 
+def build(name: str) -> nn.Module:
+    if not name.startswith("timm:"):
+        return build_backbone(name, "random", 0)
+    torch.manual_seed(0)
+    return timm.create_model(name.removeprefix("timm:"), num_classes=0)  # type: ignore[no-any-return]
+
+
 def awakened(name: str) -> nn.Module:
     """A backbone with non-trivial batch norms, since fresh ones are nearly the identity."""
-    net = build_backbone(name, "random", 0)
+    net = build(name)
     generator = torch.Generator().manual_seed(1)
     for layer in net.modules():
         if isinstance(layer, nn.BatchNorm2d):
@@ -22,7 +30,18 @@ def awakened(name: str) -> nn.Module:
     return net.eval()
 
 
-@pytest.mark.parametrize("name", ["resnet18", "shufflenet_v2_x0_5", "mobilenet_v3_small", "efficientnet_lite0"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet18",
+        "shufflenet_v2_x0_5",
+        "mobilenet_v3_small",
+        "efficientnet_lite0",
+        "timm:resnet10t",
+        "timm:mobilenetv3_small_050",  # its batch norms apply the activation too
+        "timm:regnety_002",
+    ],
+)
 def test_folded_net_is_the_same_function(name: str) -> None:
     net = awakened(name)
     before = {key: value.clone() for key, value in net.state_dict().items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 from torch.distributed._tools.mem_tracker import MemTracker
@@ -51,7 +52,12 @@ class Unstaged(nn.Module):
 def net_of(backbone: str) -> JointNet:
     own = {"staged": Staged, "unstaged": Unstaged}
     torch.manual_seed(0)
-    net = Backbone(backbone, own[backbone]()) if backbone in own else build_backbone(backbone, "random", 0)
+    if backbone.startswith("timm:"):
+        options = {"dynamic_img_size": True} if "vit" in backbone else {}
+        own_net = timm.create_model(backbone.removeprefix("timm:"), num_classes=0, drop_path_rate=0.3, **options)
+        net = Backbone(backbone, own_net, own_net.num_features)
+    else:
+        net = Backbone(backbone, own[backbone]()) if backbone in own else build_backbone(backbone, "random", 0)
     return build_joint(net, JointNetConfig(tasks="tool"), None, 3, 0).train()
 
 
@@ -69,6 +75,9 @@ def images(frames: int = 4, size: int = 32) -> Tensor:
         ("resnet18", True),
         ("efficientnet_b0", False),  # dropout and stochastic depth
         ("swin_t", False),
+        ("timm:efficientnet_lite0", False),
+        ("timm:convnext_atto", False),
+        ("timm:vit_tiny_patch16_224", False),
     ],
 )
 def test_gradients_statistics_and_random_numbers_are_those_without_it(backbone: str, frozen: bool) -> None:
@@ -95,10 +104,13 @@ def test_gradients_statistics_and_random_numbers_are_those_without_it(backbone: 
     ("backbone", "count", "first", "last"),
     [
         ("staged", 12, "layer1.0", "layer2.5"),
-        ("unstaged", 0, "", ""),
+        ("unstaged", 1, "block", "block"),
         ("resnet50", 16, "layer1.0", "layer4.2"),
         ("efficientnet_b0", 18, "features.0", "features.8"),
         ("swin_t", 16, "features.0", "features.7.1"),
+        ("timm:convnext_atto", 17, "stem", "head"),
+        ("timm:vit_tiny_patch16_224", 13, "patch_embed", "blocks.11"),
+        ("timm:efficientnet_lite0", 18, "bn1", "bn2"),
         ("vit_b_16", 12, "encoder.layers.encoder_layer_0", "encoder.layers.encoder_layer_11"),
     ],
 )
