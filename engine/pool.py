@@ -51,7 +51,8 @@ class Job(Protocol):
 Value = TypeVar("Value")
 AnyJob = TypeVar("AnyJob", bound=Job)
 Advance = Callable[[int], None]  # takes the number of frames finished since the last call; raises to stop the work
-Task = Callable[[AnyJob, Advance], None]
+# Works on one job. If the job fails, it raises one of `VIDEO_ERRORS` or returns the reason; otherwise it returns None.
+Task = Callable[[AnyJob, Advance], str | None]
 
 
 def choose_processes(wanted: int, jobs: Sequence[Job]) -> int:
@@ -105,20 +106,20 @@ def _one_by_one(
         yield job, reason
 
 
-def attempt(work: Callable[..., None], *arguments: Any) -> str | None:
-    """Call `work`; returns None, or the reason in one line if it raised an error that a damaged video can cause.
+def attempt(work: Callable[..., str | None], *arguments: Any) -> str | None:
+    """Return what `work` returns, or the reason in one line if it raises an error that a damaged video can cause.
 
-    NoRoomError and errors of a GPU are raised instead, since every other video would fail as well.
+    `work` returns None, or a reason if it has handled the error itself. NoRoomError and errors of a GPU are raised
+    instead, since every other video would fail as well.
     """
     try:
-        work(*arguments)
+        return work(*arguments)
     except NoRoomError:
         raise
     except VIDEO_ERRORS as error:
         if is_gpu_error(error):
             raise
         return failure_reason(error)
-    return None
 
 
 def failure_reason(error: BaseException) -> str:

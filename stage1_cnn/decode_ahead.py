@@ -6,23 +6,22 @@ The decoding processes are those of `stage1_cnn.decoding`. Cropping, normalisati
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Container, Generator, Iterator, Sequence
-from contextlib import closing, suppress
-from typing import Any
+from contextlib import closing
 
 import torch
 
-from configs.schema import Config, height_width
+from configs.schema import Config, Size, height_width
 from engine.device import choose_device
 from engine.launch import ranks_here
 from engine.memory import free_shared_memory
-from engine.pool import VIDEO_ERRORS, WORTH_A_PROCESS_FRAMES, attempt, failure_reason, processes_for, work_through
+from engine.pool import WORTH_A_PROCESS_FRAMES, failure_reason, processes_for, work_through
 from engine.progress import progress_bar, say
 from engine.stopping import StopRequest
 from stage1_cnn.decoding import QUEUE_BATCHES, Message, OpenVideo, decoding_processes, messages_of
 from stage1_cnn.encoders.encoder import encoded_at_once
-from stage1_cnn.segments import VideoJob
-from stage1_cnn.video_features import ExtractTask
+from stage1_cnn.shared_decode import ExtractTask, SharedJob, Writing
 
 HARDWARE_PROCESSES = 4
 # The arguments and the result are those of `decoding_processes`.
@@ -46,13 +45,15 @@ def decoders_for(config: Config, frames: int) -> int:
     return min(wanted, HARDWARE_PROCESSES) if by_default_on_hardware else wanted
 
 
-def fitting_decoders(wanted: int, config: Config) -> int:
+def fitting_decoders(wanted: int, config: Config, sizes_px: Sequence[Size] = ()) -> int:
     """`wanted`, or fewer if /dev/shm has no room for the frames of so many processes; at least one.
 
-    Prints a note if the number is smaller than `wanted`.
+    `sizes_px` are the sizes to which each frame is resized, by default `preprocess.resize_px` only. Prints a note if
+    the number is smaller than `wanted`.
     """
     free_bytes = free_shared_memory()
-    batch_bytes = encoded_at_once(config) * 3 * math.prod(height_width(config.preprocess.resize_px))
+    pixels = sum(math.prod(height_width(size)) for size in sizes_px or [config.preprocess.resize_px])
+    batch_bytes = encoded_at_once(config) * 3 * pixels
     each = (QUEUE_BATCHES + 1) * batch_bytes  # one more batch is being decoded
     fitting = wanted if free_bytes is None else max(1, min(wanted, free_bytes // ranks_here() // each))
     if fitting < wanted:
@@ -66,45 +67,51 @@ def fitting_decoders(wanted: int, config: Config) -> int:
 
 def work_ahead(
     task: ExtractTask,
-    jobs: Sequence[VideoJob],
+    jobs: Sequence[SharedJob],
     decoders: int,
     title: str,
     stop: StopRequest,
     *,
     decode: Decode = decoding_processes,
-) -> Generator[tuple[VideoJob, str | None], None, None]:
+) -> Generator[tuple[SharedJob, str | None], None, None]:
     """Do the jobs in this process, with frames that up to `decoders` other processes decode (`frames_of_videos`).
 
     Yields each job that has ended, with the reason if it failed, as `work_through` does. If a decoding process dies,
     the unfinished videos begin again. Raises Stopped when asked to stop, and NoRoomError when the disk is full.
     """
-    with_frames = [job for job in jobs if not job.labels_only]
+    with_frames = [job for job in jobs if not job.video.labels_only]
     videos, total = [task.source(job) for job in with_frames], sum(job.frames for job in with_frames)
     ended: set[int] = set()
     encoded = dict.fromkeys(range(len(videos)), 0)  # frames of each video
-    writers: dict[int, Generator[None, Any, None]] = {}
-    messages = frames_of_videos(videos, task.config, total, ended, decoders=decoders, decode=decode)
+    writing = [Writing(task, job) for job in with_frames]
+    sizes, _ = task.sizes(range(len(task.encoders)))
+    messages = frames_of_videos(
+        videos, task.config, total, ended, decoders=decoders, decode=decode, sizes_px=[size.resize_px for size in sizes]
+    )
     with progress_bar(total, title, "frame") as bar, closing(messages):
         try:
+            begun = time.perf_counter()
             for number, message in messages:
                 stop.raise_if_set()
-                if number in ended:  # encoding this video has failed, but its frames still arrive
-                    continue
-                if isinstance(message, dict):
-                    _abandon(writers, number)
-                    writers[number], encoded[number] = _write_job(task, with_frames[number]), 0
-                    next(writers[number])
-                reason = message if isinstance(message, str) else attempt(writers[number].send, message)
-                encoded[number] += len(message) if isinstance(message, torch.Tensor) else 0
-                bar.update(sum(encoded.values()) - bar.n)
-                if _ends(message) or reason is not None:
-                    _abandon(writers, number)  # without effect on a file that is complete
-                    ended.add(number)
-                    yield with_frames[number], reason
+                task.seconds.decoded(with_frames[number], time.perf_counter() - begun)
+                if number not in ended:  # encoding it may have failed, while its frames still arrive
+                    writing[number].take(message)
+                    encoded[number] = 0 if isinstance(message, dict) else encoded[number] + _frames_in(message)
+                    bar.update(sum(encoded.values()) - bar.n)
+                    if writing[number].ended:
+                        writing[number].close()
+                        ended.add(number)
+                        yield with_frames[number], writing[number].reason
+                del message  # otherwise a batch would stay in shared memory
+                begun = time.perf_counter()
         finally:
-            for number in list(writers):
-                _abandon(writers, number)
-    yield from work_through(task, [job for job in jobs if job.labels_only], 1, title, stop)
+            for one in writing:
+                one.close()
+    yield from work_through(task, [job for job in jobs if job.video.labels_only], 1, title, stop)
+
+
+def _frames_in(message: Message) -> int:
+    return len(message) if isinstance(message, torch.Tensor) else 0
 
 
 def _fewer(decoders: int, error: _DecoderDied) -> int:
@@ -126,6 +133,7 @@ def frames_of_videos(
     *,
     decoders: int | None = None,
     decode: Decode = decoding_processes,
+    sizes_px: Sequence[Size] = (),
 ) -> Generator[tuple[int, Message], None, None]:
     """The messages about all videos, each with its video's number; the videos have `frames` samples in total.
 
@@ -134,7 +142,8 @@ def frames_of_videos(
     Messages of several videos then alternate. Otherwise this process decodes one video after the other. A video's
     messages come in order. If a decoding process dies, half as many continue, and in the end this process alone. If a
     video's first message, the dict, comes a second time, a process has died and the video starts again. Videos that the
-    caller has added to `unwanted` may be skipped. Close the generator to end the processes.
+    caller has added to `unwanted` may be skipped. `sizes_px` are those of `fitting_decoders`. Close the generator to
+    end the processes.
     """
     device, at_once = choose_device(config.device), encoded_at_once(config)
     left = list(range(len(videos)))
@@ -143,7 +152,7 @@ def frames_of_videos(
         ahead = worth_it and decodes_ahead(config, device)
         decoders = min(decoders_for(config, frames), len(videos)) if ahead else 0
     if decoders:
-        decoders = fitting_decoders(decoders, config)
+        decoders = fitting_decoders(decoders, config, sizes_px)
     while decoders and (given := [number for number in left if number not in unwanted]):
         left = list(given)
         opened = [videos[number] for number in given]
@@ -181,24 +190,3 @@ def _next(messages: Iterator[tuple[int, Message]]) -> tuple[int, Message]:
         raise _DecoderDied("a decoding process ended early") from error
     except (RuntimeError, EOFError, ConnectionError) as error:  # the last two if it died while sending
         raise _DecoderDied(f"a decoding process died ({failure_reason(error)})") from error
-
-
-def _write_job(task: ExtractTask, job: VideoJob) -> Generator[None, Any, None]:
-    """Write the rows of one job from its messages, which arrive mixed with those of other jobs.
-
-    `send` takes None to start, and then the messages: the origin of the frames, frames, and None, which completes the
-    file. If the generator is closed before that, the file is removed.
-    """
-    provenance = yield
-    with task.sink(job, task.labels_and_room(job), provenance) as rows:
-        while (frames := (yield)) is not None:
-            task.encode(frames, rows)
-            del frames  # otherwise every open file would keep a batch in shared memory
-    yield
-
-
-def _abandon(writers: dict[int, Generator[None, Any, None]], number: int) -> None:
-    """Remove the file that `_write_job` has begun for this video, if there is one."""
-    with suppress(*VIDEO_ERRORS):
-        if number in writers:
-            writers.pop(number).close()

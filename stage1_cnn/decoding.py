@@ -22,7 +22,8 @@ from features.frames.source import SampledFrames, frame_batches
 # How many batches of one decoding process may wait for the device.
 QUEUE_BATCHES = 4
 # What a decoding process sends about a video: which reader and source its frames come from (a dict), a batch of frames
-# (a tensor), the end of the video (None), or why it failed (a string).
+# (a tensor (N, R, R, 3), or in several sizes that of `resize_each`), the end of the video (None), or why it failed (a
+# string).
 Message = dict[str, str] | torch.Tensor | str | None
 
 
@@ -49,7 +50,7 @@ class _DecodedFrames(IterableDataset[tuple[int, Message]]):
             return int(self._taken.value) - 1
 
 
-def messages_of(open_video: OpenVideo, batch_frames: int) -> Iterator[Message]:
+def messages_of(open_video: OpenVideo, batch_frames: int) -> Generator[Message, None, None]:
     try:
         with open_video() as sampled:
             yield sampled.provenance

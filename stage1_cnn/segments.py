@@ -33,7 +33,8 @@ _GOOD_BALANCE = 1.1
 class VideoJob:
     """One video to extract, or one part of it: the `frames` samples from sample `first` on, stored in the file `part`.
 
-    `frames` is 0 if only the labels are new and nothing is to be computed.
+    `frames` is 0 if only the labels are new and nothing is to be computed. `encoders` are the numbers of the encoders
+    that need the video's frames (or its labels), which are read once for all of them.
     """
 
     video_id: str
@@ -41,6 +42,7 @@ class VideoJob:
     labels_only: bool = False
     first: int = 0
     part: Path | None = None
+    encoders: tuple[int, ...] = (0,)
 
     @property
     def samples(self) -> slice:
@@ -73,7 +75,7 @@ def split_among(
     if processes > 1:
         _balance(counts, processes, batch_frames, max(batch_frames, least_frames), may_split)
     pieces = [piece for job in jobs for piece in _cut(job, counts[job], batch_frames)]
-    return sorted(pieces, key=lambda piece: -piece.frames) if processes > 1 else pieces
+    return sorted(pieces, key=lambda piece: (-piece.frames, piece.first)) if processes > 1 else pieces
 
 
 def _balance(
@@ -202,7 +204,6 @@ class Assembly:
                 path = feature_path(folder, video_id)
                 found = self._parts[video_id] = [replace(piece, part=temporary_path(path)) for piece in found]
             self.pieces.extend(found)
-        self.pieces.sort(key=lambda piece: -piece.frames if self._parts else 0)
         self._places = places_of(self.pieces)
         # per video: why each ended part has failed (None if it has not), by the part's first sample
         self._ended: dict[str, dict[int, str | None]] = {video_id: {} for video_id in self._parts}

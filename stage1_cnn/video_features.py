@@ -1,13 +1,15 @@
-"""Writing one video's feature file: the embeddings of its frames and its labels, all at once or from parts."""
+"""Writing one video's feature file with one encoder: the embeddings of its frames and its labels.
+
+A file is written all at once or from parts.
+"""
 
 from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,9 @@ from configs.errors import UserError
 from configs.schema import Config
 from engine.device import cpu_threads
 from engine.files import require_free_bytes, sha256_json
-from engine.memory import keep_freed_memory
-from engine.pool import Advance
 from features.dataset.index import Dataset, VideoEntry
 from features.dataset.labels import sampled_labels
-from features.dataset.sampling import sampled_frames
-from features.frames.source import SampledFrames, can_start_inside, frame_batches, open_frames, source_identity
+from features.frames.source import can_start_inside, source_identity
 from features.store import EncoderSpec, FeatureWriter, feature_path, rewrite_labels, write_features
 from features.store_folder import estimate_bytes
 from features.video_labels import VideoLabels
@@ -35,8 +34,8 @@ from stage1_cnn.segments import Rows, VideoJob, places_of, read_part, read_prove
 
 
 @dataclass
-class ExtractTask:
-    """A callable that writes one video's feature file, or only the labels in it.
+class EncoderTask:
+    """What one encoder does with a video: write its feature file, or only the labels in it.
 
     When the task is sent to another process, its encoder goes with it, so that it is folded and hashed only once. If
     the encoder cannot be sent, the other process loads its own.
@@ -73,29 +72,27 @@ class ExtractTask:
         except (pickle.PicklingError, AttributeError, TypeError):  # a network from outside this project
             return None
 
-    def __call__(self, job: VideoJob, advance: Advance) -> None:
-        """Do one job. Raises UserError naming the frame or file at fault; no file is left behind in this case."""
+    def relabel(self, job: VideoJob) -> None:
+        """Rewrite the labels in a video's feature file. Raises UserError if they cannot be read or written."""
         entry = self.dataset.index.entry(job.video_id)
-        if job.labels_only:
-            labels, attributes = self._labels(job), label_attributes(self.config, self.dataset.spec, entry)
-            rewrite_labels(feature_path(self.folder, entry.id), labels.phase, labels.tools, attributes, labels.tracks)
-            return
-        keep_freed_memory()  # must be called in every process
+        labels, attributes = self._labels(job), label_attributes(self.config, self.dataset.spec, entry)
+        rewrite_labels(feature_path(self.folder, entry.id), labels.phase, labels.tools, attributes, labels.tracks)
+
+    def write(self, job: VideoJob, labels: VideoLabels, provenance: Mapping[str, str]) -> Generator[None, Any, None]:
+        """Write the rows of one job while its frames arrive, mixed with those of other jobs and for other encoders.
+
+        `send` takes None to start, then batches of resized frames (N, R, R, 3) uint8, and then None, which completes
+        the file. If the generator is closed before that, or raises UserError naming what is at fault, no file is left.
+        """
         self.loaded_encoder()  # errors of the encoder come before any work
-        labels = self.labels_and_room(job)
-        source = open_frames(self.config, self.dataset, entry, labels.frame_index, job.samples)
-        with source as sampled, self.sink(job, labels, sampled.provenance) as rows:
-            for batch in frame_batches(sampled.frames, encoded_at_once(self.config)):
-                self.encode(batch, rows)
-                advance(len(batch))
+        self.require_room(job)
+        with self._sink(job, labels, provenance) as rows:
+            while (frames := (yield)) is not None:
+                self._encode(frames, rows)
+                del frames  # otherwise every open file would keep a batch in shared memory
+        yield
 
-    def source(self, job: VideoJob) -> Callable[[], AbstractContextManager[SampledFrames]]:
-        """A picklable function that opens a job's frames; the process that decodes them calls it."""
-        entry = self.dataset.index.entry(job.video_id)
-        frame_index = sampled_frames(entry, self.config.data.fps)
-        return partial(open_frames, self.config, self.dataset, entry, frame_index, job.samples)
-
-    def encode(self, frames: NDArray[np.uint8] | torch.Tensor, rows: Rows) -> None:
+    def _encode(self, frames: NDArray[np.uint8] | torch.Tensor, rows: Rows) -> None:
         """Append the embeddings and tool logits of resized frames (N, R, R, 3) uint8 to `rows`."""
         encoder = self.loaded_encoder()
         # On a CPU always one thread, whatever the number of processes, so that sums are added in the same order.
@@ -103,7 +100,7 @@ class ExtractTask:
         with one_thread, np.errstate(over="ignore"):  # `rows` reports values that float16 cannot hold
             rows.append(*encoder(frames))
 
-    def sink(self, job: VideoJob, labels: VideoLabels, provenance: Mapping[str, str]) -> AbstractContextManager[Rows]:
+    def _sink(self, job: VideoJob, labels: VideoLabels, provenance: Mapping[str, str]) -> AbstractContextManager[Rows]:
         """The destination of a job's rows: the video's feature file or, if the job is a part, the file of the part."""
         if job.part is not None:
             return write_part(job.part, feature_path(self.folder, job.video_id), provenance)
@@ -120,10 +117,6 @@ class ExtractTask:
             for place in places:
                 for features, logits in read_part(place, dim, tools, at_once):
                     rows.append(features, logits)
-
-    def may_split(self, job: VideoJob) -> bool:
-        """Whether a part of this job's video can be read without decoding all frames before it."""
-        return can_start_inside(self.dataset.index.entry(job.video_id), self.dataset.root)
 
     def _file(
         self, video: VideoJob, labels: VideoLabels, provenance: Mapping[str, str]
@@ -147,16 +140,15 @@ class ExtractTask:
     def _labels(self, job: VideoJob) -> VideoLabels:
         return sampled_labels(self.dataset, self.dataset.index.entry(job.video_id), self.config.data)
 
-    def labels_and_room(self, job: VideoJob) -> VideoLabels:
-        """The labels of the job's whole video, after checking that the disk has room for the job's features.
-
-        Raises UserError if the labels cannot be read or there is too little room.
-        """
-        labels = self._labels(job)
+    def require_room(self, job: VideoJob) -> None:
+        """Raise NoRoomError if the disk has no room for the job's features."""
         # a part is stored in float32 first, which takes twice the size of its features
         needed = estimate_bytes([job.frames], self.spec) * (3 if job.part else 1)
         require_free_bytes(self.folder, needed, "the features")
-        return labels
+
+    def may_split(self, job: VideoJob) -> bool:
+        """Whether a part of this job's video can be read without decoding all frames before it."""
+        return can_start_inside(self.dataset.index.entry(job.video_id), self.dataset.root)
 
     def loaded_encoder(self) -> Encoder:
         """The encoder, which is loaded on first use if none was sent.

@@ -109,6 +109,39 @@ class Geometry:
         return {"resize_px": _plain(self.resize_px), "box": None if self.box is None else list(self.box)}
 
 
+def different_geometries(configs: Sequence[PreprocessConfig]) -> tuple[list[PreprocessConfig], list[int]]:
+    """Of the settings, those that resize differently, and for each of `configs` which of these resizes as it does."""
+    different: list[PreprocessConfig] = []
+    found: list[dict[str, Any]] = []
+    for config in configs:
+        geometry = geometry_json(config)
+        if geometry not in found:
+            found.append(geometry)
+            different.append(config)
+    return different, [found.index(geometry_json(config)) for config in configs]
+
+
+def resize_each(geometries: Sequence[Geometry], rgb: np.ndarray) -> np.ndarray:
+    """Resize a frame in each of the ways: (H, W, 3) uint8 -> (R, R, 3), or (P, 3) if there are several.
+
+    With several geometries, the P pixels are those of all sizes, one size after the other; `split_sizes` separates
+    them.
+    """
+    sizes = [geometry.resize_frame(rgb) for geometry in geometries]
+    return sizes[0] if len(sizes) == 1 else np.concatenate([size.reshape(-1, 3) for size in sizes])
+
+
+def split_sizes(frames: Frames, sizes_px: Sequence[Size]) -> list[Frames]:
+    """Separate the sizes in a batch made by `resize_each`: (N, R, R, 3) or (N, P, 3) -> (N, R, R, 3) each."""
+    if len(sizes_px) == 1:
+        return [frames]
+    found, end = [], 0
+    for height, width in map(height_width, sizes_px):
+        begin, end = end, end + height * width
+        found.append(frames[:, begin:end].reshape(len(frames), height, width, 3))
+    return found
+
+
 def find_margin(frames: Iterable[np.ndarray]) -> Box | None:
     """Find the bounding box of the bright field of view, (left, top, right, bottom) in pixels; None without a margin.
 

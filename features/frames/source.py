@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,14 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import UserError
-from configs.schema import Config
+from configs.schema import Config, PreprocessConfig
 from engine.files import inside, sha256_ends, sha256_file
 from features.dataset.frame_folders import frame_folder, scan_folder
 from features.dataset.index import Dataset, VideoEntry
 from features.dataset.labels import reread_annotation
 from features.dataset.tfrecord import TfrecordReader
-from features.frames.cache import CacheRequest, FrameCache
-from features.frames.preprocess import Geometry
+from features.frames.cache import CachedFrames, CacheRequest, FrameCache
+from features.frames.preprocess import Geometry, resize_each
 from features.store import SourceIdentity
 from features.video.base import FrameReader
 from features.video.images import FolderReader
@@ -126,8 +126,20 @@ def cache_request(config: Config, dataset: Dataset, entry: VideoEntry, frame_ind
 class SampledFrames:
     """A video's sampled frames in order, resized but not cropped, and a record of where they come from."""
 
-    frames: Iterator[NDArray[np.uint8]]  # (R, R, 3) each
+    frames: Iterator[NDArray[np.uint8]]  # (R, R, 3) each; in several sizes, those of `resize_each`
     provenance: dict[str, str]
+
+
+def find_lossless(
+    config: Config, dataset: Dataset, entry: VideoEntry, frame_index: NDArray[np.int64], *, deep: bool
+) -> CachedFrames | None:
+    """Return the cached frames that extraction may use instead of the source, or None; `deep` verifies every frame.
+
+    A JPEG cache is used for training only, so that features never depend on it.
+    """
+    if not config.cache.use_for_extract or config.cache.codec == "jpeg":
+        return None
+    return frame_cache(config).find(cache_request(config, dataset, entry, frame_index), deep)
 
 
 @contextmanager
@@ -137,12 +149,9 @@ def open_frames(
     """Yield sampled frames for extraction, from the cache if it contains them without loss, otherwise from the source.
 
     Both give the same pixels. `frame_index` (T,) are all of the video's sampled frames, as `sampled_frames` returns
-    them, and `samples` selects a part of them. A JPEG cache is used for training only, so that features never depend on
-    it.
+    them, and `samples` selects a part of them.
     """
-    request = cache_request(config, dataset, entry, frame_index)
-    lossless = config.cache.use_for_extract and config.cache.codec != "jpeg"
-    cached = frame_cache(config).find(request, deep=True) if lossless else None
+    cached = find_lossless(config, dataset, entry, frame_index, deep=True)
     if cached is not None:
         with closing(cached):
             numbers = range(len(cached))[samples]
@@ -154,17 +163,24 @@ def open_frames(
 
 @contextmanager
 def source_frames(
-    config: Config, dataset: Dataset, entry: VideoEntry, frame_index: NDArray[np.int64]
+    config: Config,
+    dataset: Dataset,
+    entry: VideoEntry,
+    frame_index: NDArray[np.int64],
+    sizes: Sequence[PreprocessConfig] = (),
 ) -> Iterator[SampledFrames]:
-    """Yield the frames `frame_index` (N,), read directly from the source."""
+    """Yield the frames `frame_index` (N,), read directly from the source.
+
+    They are resized as `config.preprocess` says or, from one decode, as each of `sizes` says (`resize_each`).
+    """
     with open_source(config, dataset, entry, config.extract.hardware_decoding) as reader:
-        geometry = Geometry.of_video(config.preprocess, reader)
-        frames = (geometry.resize_frame(rgb) for rgb in reader.read(frame_index.tolist()))
+        geometries = [Geometry.of_video(size, reader) for size in sizes or [config.preprocess]]
+        frames = (resize_each(geometries, rgb) for rgb in reader.read(frame_index.tolist()))
         yield SampledFrames(frames, {"reader": reader.name, "reader_version": reader.version, "frames_from": "source"})
 
 
 def frame_batches(frames: Iterable[NDArray[np.uint8]], batch_frames: int) -> Iterator[NDArray[np.uint8]]:
-    """Group frames (R, R, 3) into batches (N, R, R, 3) of `batch_frames`; the last batch may be smaller."""
+    """Group frames, for example (R, R, 3), into batches (N, R, R, 3) of `batch_frames`; the last one may be smaller."""
     remaining = iter(frames)
     while batch := list(itertools.islice(remaining, batch_frames)):
         yield np.stack(batch)

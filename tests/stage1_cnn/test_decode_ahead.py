@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from features.frames.source import SampledFrames
 from stage1_cnn.decode_ahead import decoders_for, frames_of_videos, work_ahead
 from stage1_cnn.decoding import decoding_processes
 from stage1_cnn.segments import VideoJob
+from stage1_cnn.shared_decode import Seconds, SharedJob
 from tests.cli import PROJECT
 from tests.stage1_cnn.test_data import Meeting
 
@@ -43,40 +44,46 @@ class Task:
 
     def __init__(self, where: str = "", error: Exception | None = None) -> None:
         self._where, self._error, self.noted = where, error, list[str]()
+        self.encoders, self.seconds = [self], Seconds(2, 1)
 
-    def source(self, job: VideoJob) -> Any:
+    def source(self, job: SharedJob) -> Any:
         return partial(numbered_frames, 0)
+
+    def sizes(self, encoders: Any) -> Any:
+        return [self.config.preprocess], [0]
+
+    def labels(self, job: SharedJob) -> None:
+        self._step("labels")
 
     def _step(self, name: str) -> None:
         self.noted.append(name)
         if name == self._where and self._error is not None:
             raise self._error
 
-    def __call__(self, job: VideoJob, advance: Any) -> None:
-        self._step(job.video_id)
+    def __call__(self, job: SharedJob, advance: Any) -> None:
+        self._step(job.video.video_id)
 
-    def labels_and_room(self, job: VideoJob) -> None:
-        self._step("required")
-
-    @contextmanager
-    def sink(self, job: VideoJob, labels: None, provenance: Any) -> Iterator[Any]:
+    def write(self, job: VideoJob, labels: None, provenance: Any) -> Generator[None, Any, None]:
         self._step("opened")
         try:
-            yield self
+            while (yield) is not None:
+                self._step("appended")
             self._step("finished")
         except BaseException:  # as the sinks of files do
             self.noted.append("removed")
             raise
+        yield
 
-    def encode(self, frames: torch.Tensor, rows: Any) -> None:
-        self._step("appended")
+
+def shared(video_id: str, frames: int, labels_only: bool = False) -> SharedJob:
+    return SharedJob(0, ((0, VideoJob(video_id, frames, labels_only)),))
 
 
 def outcomes(task: Task, messages: Any) -> list[tuple[str, str | None]]:
     """The outcome of two videos when decoding processes send these messages."""
-    jobs = [VideoJob("video01", 1), VideoJob("video02", 1)]
+    jobs = [shared("video01", 1), shared("video02", 1)]
     work = work_ahead(task, jobs, 1, "test", StopRequest(), decode=lambda *_: messages)
-    return [(job.video_id, reason) for job, reason in work]
+    return [(job.video.video_id, reason) for job, reason in work]
 
 
 def whole() -> Iterator[tuple[int, Any]]:
@@ -97,8 +104,8 @@ def test_the_work_continues_without_a_decoding_process_that_died(error: Exceptio
 
     task = Task()
     assert outcomes(task, messages()) == [("video01", None), ("video02", None)]
-    again = ["required", "opened", "appended", "appended", "finished"]  # 8 and 4 frames, decoded by this process
-    assert task.noted == ["required", "opened", "appended", "finished", *again]
+    again = ["labels", "opened", "appended", "appended", "finished"]  # 8 and 4 frames, decoded by this process
+    assert task.noted == ["labels", "opened", "appended", "finished", *again]
 
 
 def test_no_unfinished_file_is_left() -> None:
@@ -107,8 +114,8 @@ def test_no_unfinished_file_is_left() -> None:
 
     task = Task()
     assert outcomes(task, messages()) == [("video01", "video01.mp4: damaged"), ("video02", None)]
-    begun = ["required", "opened", "required", "opened", "appended"]
-    again = ["required", "opened", "appended", "appended", "finished"]
+    begun = ["labels", "opened", "labels", "opened", "appended"]
+    again = ["labels", "opened", "appended", "appended", "finished"]
     assert task.noted == [*begun, "removed", "removed", *again]
 
 
@@ -121,18 +128,18 @@ def test_a_stop_leaves_no_unfinished_file() -> None:
 
     stop, task = StopRequest(), Task()
     with pytest.raises(Stopped):
-        list(work_ahead(task, [VideoJob("video01", 2)], 1, "test", stop, decode=lambda *_: messages()))
-    assert task.noted == ["required", "opened", "appended", "removed"]
+        list(work_ahead(task, [shared("video01", 2)], 1, "test", stop, decode=lambda *_: messages()))
+    assert task.noted == ["labels", "opened", "appended", "removed"]
 
 
 def test_jobs_without_frames_need_no_decoding_process() -> None:
-    task, job = Task(), VideoJob("video01", 0, labels_only=True)
+    task, job = Task(), shared("video01", 0, labels_only=True)
     work = work_ahead(task, [job], 1, "test", StopRequest(), decode=lambda *_: 1 / 0)
-    assert [(job.video_id, reason) for job, reason in work] == [("video01", None)]
+    assert [(job.video.video_id, reason) for job, reason in work] == [("video01", None)]
     assert task.noted == ["video01"]
 
 
-@pytest.mark.parametrize("where", ["required", "opened", "appended", "finished"])
+@pytest.mark.parametrize("where", ["labels", "opened", "appended", "finished"])
 def test_a_full_disk_ends_the_work_and_other_errors_their_video(where: str) -> None:
     with pytest.raises(NoRoomError):
         outcomes(Task(where, NoRoomError("store: no room left")), whole())
@@ -140,10 +147,10 @@ def test_a_full_disk_ends_the_work_and_other_errors_their_video(where: str) -> N
     assert found == [("video01", "labels.txt: cannot be read"), ("video02", "labels.txt: cannot be read")]
 
 
-def test_labels_and_room_are_checked_before_a_file_is_opened() -> None:
-    task = Task("required", UserError("labels.txt: cannot be read"))
+def test_labels_are_read_before_a_file_is_opened() -> None:
+    task = Task("labels", UserError("labels.txt: cannot be read"))
     outcomes(task, whole())
-    assert task.noted == ["required", "required"]
+    assert task.noted == ["labels", "labels"]
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: illegal")])
@@ -168,8 +175,8 @@ def counts_of_processes(wanted: int, dying: int) -> list[int]:
         yield 0, FRAMES
         yield 0, None
 
-    work = work_ahead(Task(), [VideoJob("video01", 1)], wanted, "test", StopRequest(), decode=decode)
-    assert [(job.video_id, reason) for job, reason in work] == [("video01", None)]
+    work = work_ahead(Task(), [shared("video01", 1)], wanted, "test", StopRequest(), decode=decode)
+    assert [(job.video.video_id, reason) for job, reason in work] == [("video01", None)]
     return tried
 
 

@@ -18,7 +18,6 @@ from engine.files import NoRoomError, remove_stale_temporaries, sha256_ends
 from engine.stopping import Stopped, StopRequest
 from features.dataset.index import Dataset, Index
 from features.store import read_features
-from features.video_labels import VideoLabels
 from stage1_cnn.encoders.encoder import encoded_at_once
 from stage1_cnn.extract import ExtractReport, extract
 from stage1_cnn.segments import Assembly, VideoJob, split_among
@@ -107,14 +106,19 @@ def test_workers_segments_and_decoding_ahead_give_the_same_bytes(long_world: Wor
 # ---------------------------------------------------------------------------------------------- failures
 
 
-def parts_of(world: World, folder: Path, parts: int = 3) -> tuple[Assembly, module.ExtractTask]:
-    """An assembly of the world's video in parts, done here, one after the other."""
+def parts_of(world: World, folder: Path, parts: int = 3) -> tuple[Assembly, module.EncoderTask]:
+    """An assembly of the world's video in parts, and the encoder that computes them."""
     folder.mkdir(parents=True, exist_ok=True)
     config, index = world.config, world.index()
     encoder = module.load_encoder(config, None, SPEC.tools)
-    task = module.ExtractTask(config, None, world.dataset(index), folder, encoder.spec, False, encoder)
+    task = module.EncoderTask(config, None, world.dataset(index), folder, encoder.spec, False, encoder)
     pieces = split_among([VideoJob("video01", 13)], parts, 4, 1, lambda job: True)
     return Assembly(folder, pieces, task.assemble), task
+
+
+def do(task: module.EncoderTask, piece: VideoJob) -> str | None:
+    """Do one part here; returns why it failed."""
+    return module.ExtractTask([task], module.Seconds(1, 1))(module.SharedJob(0, ((0, piece),)), lambda frames: None)
 
 
 def test_another_process_gets_the_folded_net_and_computes_the_same(long_world: World, tmp_path: Path) -> None:
@@ -150,7 +154,7 @@ def test_parts_make_the_file_that_one_process_makes(long_world: World, tmp_path:
         assert len(names(folder)) == 3
         outcomes = []
         for piece in reversed(assembly.pieces):
-            task(piece, lambda frames: None)
+            assert do(task, piece) is None
             outcomes.append(assembly.ended(piece, None))
         assert outcomes[:2] == [None, None]
         assert outcomes[2] == (VideoJob("video01", 13), None)
@@ -164,10 +168,9 @@ def test_a_part_that_failed_ends_the_later_ones_and_names_the_first_reason(long_
     with assembly:
         first, second, third = sorted(assembly.pieces, key=lambda piece: piece.first)
         assert assembly.ended(second, "second") is None
-        with pytest.raises(module.UserError, match="abandoned: an earlier part"):
-            task(third, lambda frames: None)
+        assert str(do(task, third)).startswith("abandoned: an earlier part")
         assert assembly.ended(third, "given up") is None
-        task(first, lambda frames: None)
+        assert do(task, first) is None
         assert assembly.ended(first, None) == (VideoJob("video01", 13), "second")
         assert names(folder) == []
 
@@ -175,7 +178,7 @@ def test_a_part_that_failed_ends_the_later_ones_and_names_the_first_reason(long_
 def test_an_assembly_left_early_leaves_nothing(long_world: World, tmp_path: Path) -> None:
     assembly, task = parts_of(long_world, tmp_path / "parts")
     with pytest.raises(KeyboardInterrupt), assembly:
-        task(assembly.pieces[0], lambda frames: None)
+        assert do(task, assembly.pieces[0]) is None
         assert remove_stale_temporaries(tmp_path / "parts") == 0
         raise KeyboardInterrupt
     assert names(tmp_path / "parts") == []
@@ -190,15 +193,14 @@ def test_no_room_for_the_video_that_parts_make_ends_the_work(long_world: World, 
     assembly.finish = finish
     with pytest.raises(NoRoomError), assembly:
         for piece in assembly.pieces:
-            task(piece, lambda frames: None)
-            assembly.ended(piece, None)
+            assembly.ended(piece, do(task, piece))
     assert names(tmp_path / "parts") == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ahead", ["off", "on"])
 def test_no_room_for_a_part_ends_the_work(long_world: World, monkeypatch: pytest.MonkeyPatch, ahead: str) -> None:
-    monkeypatch.setattr(module, "ExtractTask", Full)
+    monkeypatch.setattr(module, "EncoderTask", Full)
     with pytest.raises(NoRoomError):
         dump(long_world, long_world.set(extract={**SPLIT, "decode_ahead": ahead}))
     (folder,) = long_world.config.extract.store.iterdir()
@@ -236,22 +238,22 @@ def test_stopped_among_parts_nothing_is_left(long_world: World, ahead: str, aske
     assert dump(long_world, config).done == ["video01"]
 
 
-class Full(module.ExtractTask):
+class Full(module.EncoderTask):
     """Raises because the disk has filled up since the start."""
 
-    def labels_and_room(self, job: VideoJob) -> VideoLabels:
+    def require_room(self, job: VideoJob) -> None:
         raise NoRoomError(f"{self.folder}: no room left")
 
 
 class KilledOnce(module.ExtractTask):
     """Dies in the second part, the first time."""
 
-    def __call__(self, job: VideoJob, advance) -> None:
-        mark = self.folder.parent / "killed"
-        if job.first and not mark.exists():
+    def __call__(self, job: module.SharedJob, advance) -> str | None:
+        mark = self.encoders[0].folder.parent / "killed"
+        if job.video.first and not mark.exists():
             mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        super().__call__(job, advance)
+        return super().__call__(job, advance)
 
 
 @pytest.mark.slow

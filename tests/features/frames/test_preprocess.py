@@ -20,11 +20,14 @@ from features.frames.preprocess import (
     augment_generator,
     changed_images,
     crop_frames,
+    different_geometries,
     draw_change,
     find_margin,
     geometry_json,
     normalise,
     preprocess_json,
+    resize_each,
+    split_sizes,
 )
 from features.video.images import FolderReader
 from features.video.open import open_video
@@ -317,3 +320,23 @@ def test_importing_the_module_imports_neither_torch_nor_pillow():
     project = Path(__file__).resolve().parents[3]
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=project, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@given(st.lists(st.tuples(st.integers(16, 40), st.integers(16, 40)), min_size=1, max_size=4), st.integers(1, 3))
+@settings(deadline=None, max_examples=25)
+def test_one_frame_in_several_sizes_is_what_each_size_alone_gives(sizes: list[tuple[int, int]], count: int) -> None:
+    geometries = [Geometry(size, (3, 2, 60, 41) if size[0] % 2 else None, "bicubic") for size in sizes]
+    frames = np.random.default_rng(0).integers(0, 256, (count, 48, 64, 3), dtype=np.uint8)
+    batch = np.stack([resize_each(geometries, frame) for frame in frames])
+    for found, geometry in zip(split_sizes(batch, sizes), geometries, strict=True):
+        np.testing.assert_array_equal(found, np.stack([geometry.resize_frame(frame) for frame in frames]))
+
+
+def test_settings_that_resize_alike_share_the_frames() -> None:
+    first, larger = PreprocessConfig(), PreprocessConfig(resize_px=256)
+    other_crop, other_filter = PreprocessConfig(crop_px=200), PreprocessConfig(interpolation="bicubic")
+    found = different_geometries([first, larger, other_crop, other_filter, larger])
+    assert found == ([first, larger, other_filter], [0, 1, 0, 2, 1])
+    aspect = {"resize_px": 224, "short_side_px": 256}  # where the centre lies depends on the crop
+    kept = [PreprocessConfig(crop_px=size, **aspect) for size in (224, 223)]
+    assert different_geometries(kept) == (kept, [0, 1])
