@@ -39,6 +39,10 @@ COMMANDS = {
     "extract": ("commands.train:extract", "Compute one embedding per frame, in one HDF5 file per video"),
     "train-temporal": ("commands.train:train_temporal", "Stage two: train a phase model on whole videos of embeddings"),
     "ablate": ("commands.train:ablate", "Compare settings of stage two over seeds: ranked table, plots, best settings"),
+    "compare-encoders": (
+        "commands.train:compare_encoders",
+        "Compare encoders, frozen or fine-tuned, under the same temporal heads, seeds and folds",
+    ),
     "train-joint": ("commands.train:train_joint", "Train both stages as one network, end to end (MTRCNet, MTRCNet-CL)"),
     "evaluate": ("commands.results:evaluate", "Score phases and tools of a run, or predictions of any program"),
     "compare": ("commands.results:compare", "Compare models on the same videos: differences, intervals, p values"),

@@ -80,9 +80,10 @@ def run_of_stage(stage: str, arguments: tuple[str, ...], array: int | None, seve
             raise UserError("--shard: --array sets it for each job; leave it out")
     if stage == "evaluate" and given["predictions"] is not None:
         raise UserError("evaluate --predictions: this takes only seconds and has no run folder; call it without submit")
-    if stage == "ablate":
-        from configs.load import load_ablation
+    if stage in ("ablate", "compare-encoders"):
+        from configs.load import load_ablation, load_encoder_comparison
 
-        source = given["base"] or load_ablation(given["ablation"]).base
-        return Settings(source, given["overrides"]).run(given["name"] or Path(given["ablation"]).stem)
+        load = load_ablation if stage == "ablate" else load_encoder_comparison
+        source = given["base"] or load(given["file"]).base
+        return Settings(source, given["overrides"]).run(given["name"] or Path(given["file"]).stem)
     return Settings(given["source"], given["overrides"], given["name"]).run()

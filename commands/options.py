@@ -25,7 +25,7 @@ Callback = Callable[..., Any]
 
 EXIT_PARTLY = 1  # the command has finished, but some videos failed or were left out
 SHARED_STAGES = ("train-cnn", "extract", "train-temporal", "train-joint")  # several processes may share the work
-STAGES = (*SHARED_STAGES, "evaluate", "run", "ablate")  # commands that can be a Slurm job
+STAGES = (*SHARED_STAGES, "evaluate", "run", "ablate", "compare-encoders")  # commands that can be a Slurm job
 
 
 class _Path(click.Path):
@@ -243,8 +243,12 @@ def refuse_trusted(trusted: bool, instead: str | None) -> None:
 def known_weights(config: Config) -> str | None:
     """Return the setting that names the backbone's initial weights, or None if they are a third-party file."""
     weights = config.cnn.weights
-    known = weights in {"imagenet", "random", "cached"} or weights.startswith("run:")
-    return f"cnn.weights={weights}" if known else None
+    return f"cnn.weights={weights}" if are_own_weights(weights) else None
+
+
+def are_own_weights(weights: str) -> bool:
+    """Whether a value of `cnn.weights` means something else than a third-party file."""
+    return weights in {"imagenet", "random", "cached"} or weights.startswith("run:")
 
 
 def known_encoder(config: Config) -> str | None:

@@ -1,4 +1,5 @@
-"""Commands that train or extract: `train-cnn`, `extract`, `train-temporal`, `train-joint`, `ablate`, `run`."""
+"""Commands that train or extract: `train-cnn`, `extract`, `train-temporal`, `train-joint`, `ablate`,
+`compare-encoders`, `run`."""
 
 from __future__ import annotations
 
@@ -172,7 +173,7 @@ def train_joint(
 
 
 @click.command()
-@click.argument("ablation", metavar="FILE")
+@click.argument("file", metavar="FILE")
 @click.option(
     "--features", type=PATH, help="Feature folder. Default: the one of --run, or else the only one in extract.store."
 )
@@ -182,7 +183,7 @@ def train_joint(
 @options.SET
 @click.option("--base", metavar="FILE", help="Preset or file of settings to use instead of the base that FILE names.")
 def ablate(
-    ablation: str,
+    file: str,
     features: Path | None,
     name: str | None,
     run_name: str | None,
@@ -204,15 +205,55 @@ def ablate(
 
     if features is not None:
         options.refuse("--features", options.given("run_name"))
-    spec = read_ablation(ablation, base)
+    spec = read_ablation(file, base)
     settings = Settings(spec.base, overrides, run_name)
-    folder = settings.run(Path(ablation).stem if name is None else name)
-    if workers == 0 or workers < -1:
-        raise UserError(f"--workers {workers}: give a number of trainings at once, or -1 for one per core")
+    folder = settings.run(Path(file).stem if name is None else name)
+    require_workers(workers)
     if run_name is not None:
         features = features_of_run(settings.run(), settings.config.extract.store)
     with options.watch_signals() as stop:
         failed = run_ablation(spec, folder, overrides, features, settings.run(), workers=workers, stop=stop)
+    options.end_with_failures(failed)
+
+
+def require_workers(workers: int) -> None:
+    """Raise UserError unless `--workers` is -1 or at least 1."""
+    if workers == 0 or workers < -1:
+        raise UserError(f"--workers {workers}: give a number of trainings at once, or -1 for one per core")
+
+
+@click.command("compare-encoders")
+@click.argument("file", metavar="FILE")
+@click.option("--name", help="Name of the comparison, a folder below `runs/`. Default: the name of FILE.")
+@click.option("--workers", default=-1, help="Number of trainings at once; -1 is one per core.")
+@options.SET
+@click.option("--base", metavar="FILE", help="Preset or file of settings to use instead of the base that FILE names.")
+@options.TRUSTED
+def compare_encoders(
+    file: str, name: str | None, workers: int, overrides: tuple[str, ...], base: str | None, trusted: bool
+) -> None:
+    """Compare encoders, frozen or fine-tuned, under the same temporal heads, seeds and folds.
+
+    FILE (a YAML file, or a name in configs/ablations) lists encoders with their weights, heads, seeds and folds.
+    Missing features are extracted, encoders with `finetune: true` are first trained on the tools in each fold, and then
+    every head is trained on each encoder's features, one training per core. A frame probe (logistic regression on
+    single frames) is fitted too. All are scored on the test videos; the validation videos choose the epochs. A
+    comparison that was stopped resumes where it stopped; trainings that failed are tried again. The results are tables,
+    encoders.csv (one row per training), encoders.json, and encoders.html with paired differences and plots of accuracy
+    against cost. --set changes the base settings, for example --set temporal.epochs=3 to try a file quickly.
+    """
+    from configs.load import load_encoder_comparison
+    from stage2_temporal.ablation.encoder_features import Plan
+    from stage2_temporal.ablation.encoders import compare
+
+    require_workers(workers)
+    spec = load_encoder_comparison(file)
+    own = all(options.are_own_weights(encoder.weights) for encoder in spec.encoders.values())
+    options.refuse_trusted(trusted, "these encoders" if own else None)
+    spec = spec.model_copy(update={"base": base}) if base else spec
+    folder = Settings(spec.base, overrides).run(Path(file).stem if name is None else name)
+    with options.watch_signals() as stop:
+        failed = compare(Plan(spec, overrides, folder), workers=workers, stop=stop, trusted=trusted)
     options.end_with_failures(failed)
 
 

@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 
 from configs.ablation import AblationConfig
 from configs.dataset_spec import DataSetSpec
+from configs.encoder_comparison import EncoderComparison
 from configs.encoder_spec import own_preprocess
 from configs.errors import UserError, did_you_mean, one_line
 from configs.mapping import ClassMapping
@@ -116,7 +117,21 @@ def load_ablation(source: str | Path) -> AblationConfig:
             f"{path}: is a settings file, not an ablation; write a file that names it as base and lists in space the "
             "settings to compare, as those in configs/ablations do"
         )
+    if "encoders" in tree:
+        raise UserError(f"{path}: compares encoders; run it with compare-encoders")
     return _validate(AblationConfig, tree, str(path))
+
+
+def load_encoder_comparison(source: str | Path) -> EncoderComparison:
+    """Load a file for `compare-encoders`, by its name in `configs/ablations` or from a YAML file.
+
+    Raises UserError naming the file, and the key that is wrong.
+    """
+    path = preset_path(source, PRESETS / "ablations", "file for compare-encoders, and none of that name")
+    tree = read_yaml(path)
+    if "encoders" not in tree:
+        raise UserError(f"{path}: names no encoders; compare-encoders needs base, encoders and heads, as in encoders")
+    return _validate(EncoderComparison, tree, str(path))
 
 
 def preset_path(source: str | Path, folder: Path, what: str) -> Path:

@@ -130,7 +130,16 @@ def compare_models(
     if len(names) < 2:
         raise UserError("compare: needs two models or more, for example compare RUN_A RUN_B")
     require_convention(convention)
-    models = [load_model(name, place, convention) for name in names]
+    result = compare_results([load_model(name, place, convention) for name in names], convention, metrics)
+    console = Console()
+    for pair in result.comparisons:
+        console.print(difference_table(pair, result.about))
+    write_results(out, result)
+    return result
+
+
+def compare_results(models: Sequence[Model], convention: str, metrics: Sequence[str] | None = None) -> Comparison:
+    """Compare the first of `models` with each of the others, as `compare_models` does."""
     first = models[0]
     for model in models:
         _require_same_frames(first, model)
@@ -140,7 +149,7 @@ def compare_models(
     ]
     p_values = {(i, m): test.p_value for i, pair in enumerate(tests) for m, test in pair.items()}
     corrected = holm(p_values)
-    result = Comparison(
+    return Comparison(
         _about(models, convention, len(corrected)),
         [{"name": model.name, "members": list(model.members), "seeds": len(model.members)} for model in models],
         [
@@ -150,11 +159,12 @@ def compare_models(
             for i, (other, pair) in enumerate(zip(models[1:], tests, strict=True))
         ],
     )
-    console = Console()
-    for pair in result.comparisons:
-        console.print(difference_table(pair, result.about))
-    write_results(out, result)
-    return result
+
+
+def over_seeds(model: Model, metric: str) -> Score:
+    """Average each seed over the videos that have the metric; return mean and standard deviation over seeds (n - 1)."""
+    known = [video for video, value in _seed_means(model, metric).items() if value is not None]
+    return _over_seeds(model, metric, known) if known else Score(None, None)
 
 
 # ---------------------------------------------------------------------------------------------- models

@@ -365,6 +365,12 @@ class TrainingData:
             features = with_tool_logits(features, logits, where)
         return replace(self, bank=replace(self.bank, features=features), has_tool_logits=True)
 
+    def under(self, index: Index) -> TrainingData:
+        """The same features with the splits of another index of the same videos, such as those of a fold."""
+        known = set(self.bank.ids)
+        split = {part: [one.id for one in index.by_split(part) if one.id in known] for part in ("train", "val")}
+        return replace(self, index=index, split=split)
+
     def truth_of(self, span: Span) -> Tensor:
         """The true labels (L, T) of a video in validation, on the CPU; -1 = the frame does not count."""
         truth = self.bank.labels_of(span).cpu()
@@ -376,16 +382,18 @@ def read_training_data(
     where_features: schema.FeaturesIn = "memory",
     device: str = "cpu",
     tracks: Sequence[str] = (MAIN_TRACK,),
+    index: Index | None = None,
 ) -> TrainingData:
     """Read the training and validation videos of a feature folder; the index in the folder says which these are.
 
-    The other arguments are the settings `temporal.features`, `device` and `data.tracks`.
+    `where_features`, `device` and `tracks` are the settings `temporal.features`, `device` and `data.tracks`. With
+    `index`, it is used instead of the one in the folder; it must not have videos without features.
 
     Raises UserError if there is nothing to train on, if a file is missing, damaged or of another encoder, or if labels
     or shapes do not match the index.
     """
     where = folder / INDEX_FILE
-    index = usable_index(folder)
+    index = usable_index(folder) if index is None else index
     index.require_videos("train", "val")
     tracks = tuple(index.dataset.track_classes(tracks))
     split = {name: [entry.id for entry in index.by_split(name)] for name in ("train", "val")}

@@ -217,6 +217,21 @@ MODES = [
         {"--run": "b"},
     ),
     Mode(
+        "compare-encoders",
+        "weights of this project",
+        ["encoders"],
+        ("stage2_temporal.ablation.encoders:compare",),
+        {"--base": "own.yaml", "--set": "seed=3", "--name": "other", "--workers": "2"},
+        {"--trusted": ""},
+    ),
+    Mode(
+        "compare-encoders",
+        "weights of a file",
+        ["encoders of a file.yaml", "--name", "own"],
+        ("stage2_temporal.ablation.encoders:compare",),
+        {"--base": "mini", "--set": "seed=3", "--workers": "2", "--trusted": ""},
+    ),
+    Mode(
         "train-joint",
         "weights of this project",
         [],

@@ -498,6 +498,7 @@ def test_joint_runs_that_are_not_there(workplace: Path, arguments: list[str], ex
         "report",
         "compare",
         "ablate",
+        "compare-encoders",
         "run",
         "simulate",
         "import-checkpoint",

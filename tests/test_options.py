@@ -63,6 +63,8 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Work:
     """A folder with the files that the rows name; functions that do the work are replaced by recorders of arguments."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own.yaml").write_text("{runs: elsewhere, seed: 9, data: {dataset: m2cai16-workflow}}")
+    own = "{base: own.yaml, encoders: {a: {backbone: resnet18, weights: a.pth}}, heads: {tcn: {name: tcn}}}"
+    (tmp_path / "encoders of a file.yaml").write_text(own)
     for run in ("a", "b"):
         (tmp_path / "runs" / run / "evaluate").mkdir(parents=True)
         (tmp_path / "runs" / run / "extract").mkdir()
@@ -80,6 +82,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Work:
     replace(monkeypatch, "stage2_temporal.joint.train", "Start", lambda *runs: runs)
     replace(monkeypatch, "interop.mtrcnet_runs", "ImportRequest", lambda *said, **more: (said, more))
     replace(monkeypatch, "interop.feature_files.importing", "Request", lambda **said: said)
+    replace(monkeypatch, "stage2_temporal.ablation.encoder_features", "Plan", lambda *said: said)
     replace(
         monkeypatch,
         "stage2_temporal.ablation.run",

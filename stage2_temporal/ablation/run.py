@@ -104,7 +104,7 @@ class UnitTask:
         config = unit_config(self.source, self.overrides, unit)
         data = self._data(unit.features, config)
         with cpu_threads(self.threads), no_bars():  # the table shows the progress
-            folder, stop = self.trials / unit.folder, _StopWithParent(advance)
+            folder, stop = self.trials / unit.folder, StopWithParent(advance)
             train_temporal(config, folder, unit.features, stop, data, start=start_weights(config))
         advance(1)
 
@@ -143,7 +143,7 @@ class GpuTurn:
             os.environ["CUDA_VISIBLE_DEVICES"] = self._own
 
 
-class _StopWithParent(StopRequest):
+class StopWithParent(StopRequest):
     """A stop request that asks the parent process, between steps, whether to stop."""
 
     def __init__(self, advance: Advance) -> None:

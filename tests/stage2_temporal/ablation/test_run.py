@@ -433,9 +433,12 @@ def test_a_table_that_would_name_what_was_not_trained_is_refused(
     assert not (world / "runs").exists()
 
 
-@pytest.mark.parametrize("path", sorted((PROJECT / "configs/ablations").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_shipped_ablation_is_one(path: Path) -> None:
-    spec = load_ablation(path.stem)
+ABLATIONS = sorted(path.stem for path in (PROJECT / "configs/ablations").glob("*.yaml") if path.stem != "encoders")
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_every_shipped_ablation_is_one(name: str) -> None:
+    spec = load_ablation(name)
     for changes in [
         *spec.settings.values(),
         {key: values[0] for key, values in spec.space.items() if isinstance(values, list)},

@@ -1,0 +1,248 @@
+"""The features that a comparison of encoders needs: of each encoder, frozen or fine-tuned, in each fold.
+
+A frozen encoder's features are the same in every fold, so they are extracted once. A fine-tuned encoder is trained and
+its features are extracted in each fold. What exists is not made again.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from configs.encoder_comparison import EncoderComparison
+from configs.encoder_spec import find_description
+from configs.errors import UserError
+from configs.load import known_overlaps, load_config
+from configs.schema import CNN_FOLDER, Config
+from engine.device import choose_device, choose_precision
+from engine.files import read_json_object, write_json
+from engine.progress import say
+from engine.runs import RESULT_FILE
+from engine.stopping import StopRequest
+from evaluation.encoders import EncoderFacts
+from features.dataset.index import Dataset, Index
+from features.dataset.splits import assign_splits
+from features.store import feature_path
+from features.store_folder import with_recorded_faults
+from stage1_cnn.encoders.backbone import initial_backbone, require_image_size
+from stage1_cnn.extract import ExtractReport, extract
+from stage1_cnn.train import train_cnn
+from stage2_temporal.train import require_arithmetic
+
+Folders = Mapping[int, Path]  # the feature folder of each fold
+_COST_FILE = "cost.json"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A comparison: its file, the `--set` of the command, and its folder, in which everything but features is kept."""
+
+    spec: EncoderComparison
+    overrides: tuple[str, ...]
+    folder: Path
+
+    def base(self) -> Config:
+        """The base settings, as if there was no comparison."""
+        return load_config(self.spec.base, self.overrides)
+
+    def config(self, encoder: str, fold: int | None = None, head: str | None = None, seed: int | None = None) -> Config:
+        """The settings of an encoder, in a fold or (None) for all folds; with a head, those of its training."""
+        chosen = self.spec.encoders[encoder]
+        changes: dict[str, object] = {
+            "cnn.backbone": chosen.backbone,
+            "cnn.weights": chosen.weights,
+            "extract.encoder": "finetuned" if chosen.finetune else "initial",
+            **chosen.settings,
+        }
+        if fold is not None and self.spec.folds is not None:
+            changes |= {**self.spec.split_changes, "data.split.fold": fold, "data.index": self.index_file(fold)}
+        if head is not None:
+            changes |= {f"temporal.head.{key}": value for key, value in self.spec.heads[head].model_dump().items()}
+            changes |= {"temporal.baseline": False, "seed": seed}
+        try:
+            return load_config(self.spec.base, self.overrides, changes)
+        except UserError as error:
+            reason = str(error).removeprefix("--set").lstrip(": ")
+            raise UserError(f"the settings of encoder {encoder}: {reason}") from error
+
+    def run(self, encoder: str, fold: int | None = None) -> Path:
+        """The run folder of an encoder's training and extraction."""
+        of_encoder = self.folder / "encoders" / encoder
+        return of_encoder if fold is None else of_encoder / f"fold{fold}"
+
+    def index_file(self, fold: int) -> Path:
+        """The file of a fold's index."""
+        return self.folder / "folds" / f"{fold}.json"
+
+
+def check_plan(plan: Plan, trusted: bool) -> dict[str, EncoderFacts]:
+    """What is known of each encoder before any work. Raises UserError for wrong settings or weights."""
+    device = choose_device(plan.base().device)
+    for encoder in plan.spec.encoders:
+        for head in plan.spec.heads:
+            require_arithmetic(plan.config(encoder, head=head, seed=plan.spec.seeds[0]).temporal, device)
+    return {encoder: _facts(plan, encoder, trusted) for encoder in plan.spec.encoders}
+
+
+def _facts(plan: Plan, encoder: str, trusted: bool) -> EncoderFacts:
+    chosen, config = plan.spec.encoders[encoder], plan.config(encoder)
+    device = choose_device(config.device)
+    choose_precision("extract.precision", config.extract.torch_precision, device, training=False)
+    if chosen.finetune:
+        choose_precision("cnn.precision", config.cnn.precision, device, training=True)
+    try:
+        backbone = initial_backbone(config, trusted=trusted)
+        require_image_size(backbone, config.preprocess.crop_px)
+    except UserError as error:
+        raise UserError(f"encoder {encoder}: {error}") from error
+    return EncoderFacts(
+        backbone=chosen.backbone,
+        weights=chosen.weights,
+        finetuned=chosen.finetune,
+        crop_px=config.preprocess.crop_px,
+        embedding_dim=backbone.embedding_dim,
+        parameters=sum(parameter.numel() for parameter in backbone.parameters()),
+    )
+
+
+# ---------------------------------------------------------------------------------------------- folds
+
+
+def make_folds(plan: Plan, index: Index) -> dict[int, Index]:
+    """The index of each fold, by the fold's number; without folds, only the base settings' own.
+
+    A fold whose test videos are all left out is left out too. Raises UserError if there is nothing to train or test on.
+    """
+    if plan.spec.folds is None:
+        folds = {0: index}
+    else:
+        count = plan.spec.folds if isinstance(plan.spec.folds, int) else len(index.found_ids())
+        folds = {fold: _split(plan, index, fold) for fold in range(count)}
+    kept = {fold: one for fold, one in folds.items() if one.by_split("test")}
+    for fold, one in kept.items():
+        if not one.by_split("train"):
+            raise UserError(f"{plan.base().data.index}: fold {fold} has no training videos; change folds or data.split")
+        if plan.spec.folds is not None:
+            one.save(plan.index_file(fold))
+    if not kept:
+        raise UserError(f"{plan.base().data.index}: no video is for testing; give folds in the file, or set data.split")
+    return kept
+
+
+def _split(plan: Plan, index: Index, fold: int) -> Index:
+    """The index with the splits of one fold."""
+    split = plan.config(next(iter(plan.spec.encoders)), fold).data.split
+    parts = assign_splits(index.found_ids(), index.dataset, split)
+    videos = tuple(entry.model_copy(update={"split": parts[entry.id]}) for entry in index.videos)
+    left_out = tuple(one.model_copy(update={"split": parts.get(one.id, one.split)}) for one in index.left_out)
+    return index.model_copy(update={"videos": videos, "left_out": left_out})
+
+
+# ---------------------------------------------------------------------------------------------- features
+
+
+def make_features(
+    plan: Plan, dataset: Dataset, folds: Mapping[int, Index], stop: StopRequest, trusted: bool
+) -> tuple[dict[str, Folders], list[tuple[str, str]]]:
+    """Make what is missing; returns the feature folders by encoder, and the videos that failed, with the reasons.
+
+    Raises UserError if an encoder cannot be trained or extracted, and Stopped when asked to stop.
+    """
+    found: dict[str, Folders] = {}
+    failed: list[tuple[str, str]] = []
+    for encoder, report in _extract_frozen(plan, dataset, stop, trusted).items():
+        found[encoder] = dict.fromkeys(folds, report.folder)
+        failed += _outcome(plan, encoder, report)
+    for encoder in _names(plan, finetune=True):
+        folders = {}
+        for fold, index in folds.items():
+            say(f"== {encoder}: fine-tuning, fold {fold}")
+            config, run, own = plan.config(encoder, fold), plan.run(encoder, fold), Dataset(index, dataset.root)
+            train_cnn(config, run, own, stop, trusted=trusted)
+            report = extract(config, run, own, stop=stop, trusted=trusted)
+            folders[fold] = report.folder
+            failed += _outcome(plan, encoder, report)
+        found[encoder] = folders
+    return {encoder: found[encoder] for encoder in plan.spec.encoders}, list(dict.fromkeys(failed))
+
+
+def _names(plan: Plan, *, finetune: bool) -> list[str]:
+    return [name for name, chosen in plan.spec.encoders.items() if chosen.finetune is finetune]
+
+
+def _extract_frozen(plan: Plan, dataset: Dataset, stop: StopRequest, trusted: bool) -> dict[str, ExtractReport]:
+    """The features of all frozen encoders."""
+    reports = {}
+    for encoder in _names(plan, finetune=False):
+        say(f"== {encoder}: features")
+        reports[encoder] = extract(plan.config(encoder), plan.run(encoder), dataset, stop=stop, trusted=trusted)
+    return reports
+
+
+def _outcome(plan: Plan, encoder: str, report: ExtractReport) -> list[tuple[str, str]]:
+    """Add what an extraction cost to the encoder's cost so far; returns the videos that failed."""
+    report.require_others_done()
+    say(report.sentence())
+    if report.frames:
+        path = plan.run(encoder) / _COST_FILE
+        frames, seconds = _cost(path)
+        write_json(path, {"frames": frames + report.frames, "seconds": round(seconds + report.seconds, 3)})
+    return [(f"{encoder}, {video_id}", str(reason)) for video_id, reason in report.failed]
+
+
+def _cost(path: Path) -> tuple[int, float]:
+    """The frames extracted in this comparison, and the seconds that they took."""
+    if not path.is_file():
+        return 0, 0.0
+    found = read_json_object(path)
+    frames, seconds = found.get("frames"), found.get("seconds")
+    if not (isinstance(frames, int) and isinstance(seconds, int | float)):
+        raise UserError(f"{path}: damaged; delete it")
+    return frames, float(seconds)
+
+
+def usable_everywhere(folds: Mapping[int, Index], folders: Mapping[str, Folders]) -> dict[int, Index]:
+    """The indexes without videos that could not be extracted for some encoder, so that all are compared on the same."""
+
+    def usable(index: Index) -> Index:
+        for folder in dict.fromkeys(folder for of_encoder in folders.values() for folder in of_encoder.values()):
+            index = with_recorded_faults(index, folder)
+        return index
+
+    return {fold: usable(index) for fold, index in folds.items()}
+
+
+def with_costs(plan: Plan, facts: EncoderFacts, encoder: str, folders: Folders, index: Index) -> EncoderFacts:
+    """The facts with the size of all videos' features, the speed of extraction, the time of fine-tuning, and a note."""
+    frames, seconds = _cost(plan.run(encoder) / _COST_FILE)
+    sizes = [sum(feature_path(folder, one.id).stat().st_size for one in index.videos) for folder in folders.values()]
+    return replace(
+        facts,
+        size_bytes=round(statistics.fmean(sizes)),
+        frames_per_s=frames / seconds if frames and seconds else None,
+        finetuning_s=_finetuning_s(plan, encoder, list(folders)) if facts.finetuned else None,
+        note=overlap_note(facts, index.dataset.name),
+    )
+
+
+def overlap_note(facts: EncoderFacts, dataset: str) -> str | None:
+    """Say if the release of this encoder was pretrained on the data set, or on one that may share operations with it.
+
+    Random weights and those of a run are not the release's.
+    """
+    description = find_description(facts.backbone)
+    if description is None or facts.weights == "random" or facts.weights.startswith("run:"):
+        return None
+    for name, videos in description.pretrained_on.items():
+        if name == dataset or any(one.joins(name, dataset) for one in known_overlaps()):
+            same = "" if name == dataset else f", which may share operations with {dataset}"
+            return f"pretrained on {name} ({videos}){same}, so its scores may be too good"
+    return None
+
+
+def _finetuning_s(plan: Plan, encoder: str, folds: Sequence[int]) -> float:
+    """The seconds of an encoder's fine-tuning in all folds together."""
+    results = (read_json_object(plan.run(encoder, fold) / CNN_FOLDER / RESULT_FILE) for fold in folds)
+    return sum(float(result.get("seconds", 0.0)) for result in results)

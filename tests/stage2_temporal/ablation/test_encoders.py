@@ -1,0 +1,293 @@
+"""Comparisons of encoders from frames to the page: what is finished stays finished, what is missing is made."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import signal
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from configs.errors import UserError
+from configs.load import load_encoder_comparison, to_yaml
+from engine.stopping import Stopped, StopRequest
+from evaluation.files.predictions import read_prediction_csv
+from features.dataset.index import Index
+from features.store import read_features
+from stage2_temporal.ablation import encoders as encoders_module
+from stage2_temporal.ablation.encoder_features import Plan
+from stage2_temporal.ablation.encoders import compare
+from tests.cli import run, succeed
+from tests.stage1_cnn.material import FRAMES, SPEC, paint, write_labels
+from tests.videos import VideoSpec, write_video
+
+ENCODERS = {
+    "frozen": {"backbone": "shufflenet_v2_x0_5", "weights": "random"},
+    "tuned": {"backbone": "shufflenet_v2_x0_5", "weights": "random", "finetune": True, "settings": {"cnn.epochs": 1}},
+}
+FILE: dict[str, Any] = {
+    "base": "base.yaml",
+    "encoders": ENCODERS,
+    "heads": {"lstm": {"name": "lstm", "hidden": 6}},
+    "seeds": [0, 1],
+    "folds": 2,
+}
+
+
+def _paint(video: int, number: int, width_px: int, height_px: int) -> np.ndarray:
+    return np.roll(paint(number, width_px, height_px), 9 * video, axis=1)
+
+
+def write_world(folder: Path) -> None:
+    """Four videos of 13 samples, base settings, and a file of two encoders, a head, two seeds and two folds."""
+    for number in range(1, 5):  # of unequal looks, so that the folds train unequal encoders
+        look = VideoSpec(count=FRAMES, width_px=64, height_px=48, paint=partial(_paint, number))
+        (folder / "data").mkdir(exist_ok=True)
+        write_video(folder / f"data/video{number:02d}.mp4", look)
+        write_labels(folder / "data", number)
+    (folder / "tiny.yaml").write_text(to_yaml(SPEC))
+    base = {
+        "device": "cpu",
+        "data": {"dataset": "tiny.yaml", "root": "data", "index": "index.json", "fps": 5, "split": {"rule": "2/1/1"}},
+        "preprocess": {"resize_px": 40, "crop_px": 32},
+        "cnn": {"epochs": 2, "batch_frames": 4, "precision": "fp32", "workers": 0, "backbone_lr_factor": 1.0},
+        "extract": {"precision": "fp32", "batch_frames": 4, "workers": 1},
+        "temporal": {"head": {"name": "gru", "hidden": 5}, "epochs": 2, "precision": "fp32"},
+    }
+    (folder / "base.yaml").write_text(yaml.safe_dump(base))
+    write_file(folder)
+
+
+def write_file(folder: Path, **changes: Any) -> None:
+    (folder / "both.yaml").write_text(yaml.safe_dump({**FILE, **changes}, sort_keys=False))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the command has finished once; tests copy it before they change anything."""
+    folder = tmp_path_factory.mktemp("encoders")
+    write_world(folder)
+    output = succeed(["compare-encoders", "both.yaml", "--workers", "1"], folder)
+    assert "tuned, lstm, fold 1, seed 1: validation accuracy" in output
+    assert "(6 of 6 done)" in output
+    assert "Kendall's tau" in " ".join(output.split())
+    return folder
+
+
+@pytest.fixture
+def place(tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the finished folder, as the current one."""
+    shutil.copytree(finished, tmp_path / "work")
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "work"
+
+
+def again(place: Path, *overrides: str, stop: StopRequest | None = None, name: str = "both") -> list[tuple[str, str]]:
+    plan = Plan(load_encoder_comparison("both.yaml"), overrides, Path("runs") / name)
+    return compare(plan, workers=1, stop=stop or StopRequest())
+
+
+def times(place: Path) -> dict[str, int]:
+    """When what is expensive was made: features, stage one, and trainings."""
+    files = [*place.rglob("*.h5"), *place.rglob("best.pt"), *place.rglob("done.json")]
+    return {str(path.relative_to(place)): path.stat().st_mtime_ns for path in files}
+
+
+def result(place: Path, name: str = "both") -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((place / "runs" / name / "encoders.json").read_text())
+    return found
+
+
+def test_every_encoder_head_fold_and_seed_once(finished: Path) -> None:
+    with (finished / "runs/both/encoders.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    tried = {(row["encoder"], row["head"], row["fold"], row["seed"]) for row in rows}
+    heads = {("probe", ""), ("lstm", "0"), ("lstm", "1")}
+    expected = {(encoder, head, fold, seed) for encoder in ENCODERS for head, seed in heads for fold in "01"}
+    assert (tried, len(rows)) == (expected, 12)
+    assert {(row["fold"], row["test_videos"]) for row in rows} == {("0", "video01 video02"), ("1", "video03 video04")}
+    for row in rows:
+        assert 0 <= float(row["val_accuracy"]) <= 1
+        folder = finished / row["folder"]
+        scored = []
+        for video in row["test_videos"].split():
+            phase = read_prediction_csv(folder / f"predictions/{video}.csv", SPEC).phase
+            truth = read_features(next((finished / "artifacts/features").glob(f"*/{video}.h5"))).phase
+            scored.append(100 * np.mean(phase == truth))
+        assert float(row["test_accuracy"]) == pytest.approx(np.mean(scored))
+
+
+def test_the_table_is_that_of_the_predictions(finished: Path) -> None:
+    found = result(finished)
+    with (finished / "runs/both/encoders.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    for row in found["encoders"]:
+        of_seeds = [
+            np.mean([float(one["test_accuracy"]) for one in rows if (one["encoder"], one["seed"]) == (row["name"], s)])
+            for s in "01"
+        ]
+        score = row["scores"]["lstm"]["accuracy"]
+        assert (score["mean"], score["std"]) == pytest.approx((np.mean(of_seeds), np.std(of_seeds, ddof=1)))
+        assert row["tool_map"]["probe"] > 0
+        assert (row["tool_map"]["head"] is None) == (row["name"] == "frozen")
+        facts = row["facts"]
+        assert (facts["embedding_dim"], facts["crop_px"]) == (1024, 32)
+        assert facts["parameters"] == 341792
+        assert facts["frames_per_s"] > 0
+    assert found["about"]["videos"] == ["video01", "video02", "video03", "video04"]
+
+
+def test_a_frozen_encoder_is_extracted_once_and_a_tuned_one_in_each_fold(finished: Path) -> None:
+    assert len(list((finished / "artifacts/features").iterdir())) == 3
+    splits = {}
+    for fold in (0, 1):
+        index = Index.load(finished / f"runs/both/folds/{fold}.json")
+        splits[fold] = {part: [one.id for one in index.by_split(part)] for part in ("train", "val", "test")}
+    assert splits[0] == {"train": ["video04"], "val": ["video03"], "test": ["video01", "video02"]}
+    for fold, split in splits.items():
+        trained = json.loads((finished / f"runs/both/encoders/tuned/fold{fold}/cnn/trained_on.json").read_text())
+        assert set(trained["data"][0]["videos"]) == {*split["train"], *split["val"]}
+        config = finished / f"runs/both/trainings/frozen/lstm/fold{fold}-seed1/temporal/config.yaml"
+        settings = yaml.safe_load(config.read_text())
+        assert (settings["seed"], settings["temporal"]["head"]["hidden"]) == (1, 6)
+        assert settings["temporal"]["baseline"] is False
+
+
+def test_the_same_command_again_makes_nothing(place: Path) -> None:
+    before, page = times(place), result(place)
+    assert again(place) == []
+    assert (times(place), result(place)) == (before, page)
+
+
+def test_what_is_missing_is_made_again_and_gives_the_same(place: Path) -> None:
+    before, table = times(place), result(place)
+    lost = place / "runs/both/trainings/tuned/lstm/fold0-seed1"
+    shutil.rmtree(lost)
+    (place / "runs/both/trainings/frozen/probe/fold1/done.json").unlink()
+    assert again(place) == []
+    after = times(place)
+    changed = {name for name in after if after[name] != before.get(name)}
+    assert changed == {name for name in before if "tuned/lstm/fold0-seed1" in name or "frozen/probe/fold1" in name}
+    assert result(place) == table
+
+
+def test_stopped_between_trainings_it_resumes(place: Path) -> None:
+    table, own = result(place), place / "runs/both/trainings/tuned"
+    shutil.rmtree(own)
+
+    class StopAfterThree(StopRequest):
+        def raise_if_set(self) -> None:
+            if len(list(own.rglob("done.json"))) >= 3:
+                self.number = int(signal.SIGTERM)
+            super().raise_if_set()
+
+    with pytest.raises(Stopped):
+        again(place, stop=StopAfterThree())
+    before = times(place)
+    assert sum(name.endswith("done.json") for name in before) == 6 + 3
+    assert again(place) == []
+    assert all(times(place)[name] == moment for name, moment in before.items())
+    assert result(place) == table
+
+
+def test_a_training_that_fails_is_reported_and_tried_again(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table, original = result(place), encoders_module.train_temporal
+    shutil.rmtree(place / "runs/both/trainings/frozen/lstm/fold0-seed0")
+
+    def fail(*arguments: Any, **named: Any) -> Any:
+        raise UserError("no room left on the disk")
+
+    monkeypatch.setattr(encoders_module, "train_temporal", fail)
+    assert again(place) == [("frozen, lstm, fold 0, seed 0", "no room left on the disk")]
+    found = {row["name"]: row["scores"]["lstm"]["seeds"] for row in result(place)["encoders"]}
+    assert found == {"frozen": 1, "tuned": 2}  # seed 0 lacks a fold
+    monkeypatch.setattr(encoders_module, "train_temporal", original)
+    assert again(place) == []
+    assert result(place) == table
+
+
+def test_another_comparison_of_the_same_name_is_refused(place: Path) -> None:
+    before = times(place)
+    with pytest.raises(UserError, match=r"this run exists with other settings \(temporal.epochs: 2 there, 3 now"):
+        again(place, "temporal.epochs=3")
+    write_file(place, seeds=[0, 1, 2], title="New")
+    with pytest.raises(UserError, match=r"this run exists with other settings \(comparison.seeds"):
+        again(place)
+    write_file(place, title="New", reference="frozen")  # changes no number
+    assert again(place) == []
+    assert times(place) == before
+    assert result(place)["about"]["title"] == "New"
+    assert result(place)["comparisons"]["lstm"][0]["first"] == "frozen"
+
+
+def test_a_damaged_training_is_named(place: Path) -> None:
+    damaged = place / "runs/both/trainings/tuned/lstm/fold0-seed0"
+    (damaged / "predictions/video01.csv").write_text("frame\n")
+    with pytest.raises(UserError, match=r"video01\.csv: .*; delete .*fold0-seed0 to train it again"):
+        again(place)
+
+
+def test_without_folds_the_split_of_the_base_is_used(place: Path) -> None:
+    write_file(place, encoders={"frozen": ENCODERS["frozen"]}, folds=None, seeds=[3])
+    assert again(place, name="single") == []
+    assert result(place, "single")["about"]["videos"] == ["video04"]
+    assert result(place, "single")["encoders"][0]["facts"].get("frames_per_s") is None  # the features were there
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--workers", "0"], "--workers 0: give a number of trainings"),
+        (["--trusted"], "--trusted: cannot be combined with these encoders: no third-party file is loaded"),
+        (["--name", "../x"], "run name '../x'"),
+        (["--base", "nowhere.yaml"], "nowhere.yaml: no such settings file or preset"),
+    ],
+)
+def test_wrong_options_are_one_line(finished: Path, arguments: list[str], expected: str) -> None:
+    done = run(["compare-encoders", "both.yaml", *arguments], finished)
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False), done.stderr
+    line = done.stderr.strip().splitlines()[-1]
+    assert line.startswith("error: ")
+    assert expected in line
+
+
+FROZEN: dict[str, Any] = ENCODERS["frozen"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "overrides", "expected"),
+    [
+        ({}, ["seed=5"], "the settings of encoder frozen: seed: given both as 0 and as 5"),
+        ({}, ["temporal.head.hidden=7"], "given both as 6 and as 7"),
+        ({}, ["extract.encoder=finetuned"], "the settings of encoder frozen: extract.encoder: given both as"),
+        ({"folds": 9}, [], "9 folds need 9 videos, but there are 4"),
+        ({"folds": None}, ["data.index=all.json", "data.split.rule=3/1/0"], "all.json: no video is for testing"),
+        ({"encoders": {"a": {"backbone": "resnet81"}}}, [], "encoder a: .*resnet81"),
+        ({"encoders": {"a": {**FROZEN, "weights": "w.pt"}}}, [], "encoder a: cnn.weights=w.pt: no such file"),
+        (
+            {"encoders": {"a": {**FROZEN, "settings": {"preprocess.crop_px": 99}}}},
+            [],
+            "the settings of encoder a: preprocess: crop_px 99 is larger than resize_px 40",
+        ),
+        (
+            {"encoders": {"a": {**FROZEN, "settings": {"preprocess.mean": [1, "x", 2]}}}},
+            [],
+            r"the settings of encoder a: preprocess\.mean\.1: ",
+        ),
+    ],
+)
+def test_what_cannot_be_compared_is_one_line(
+    place: Path, changes: dict[str, Any], overrides: list[str], expected: str
+) -> None:
+    write_file(place, **changes)
+    before = times(place)
+    with pytest.raises(UserError, match=expected) as caught:
+        again(place, *overrides, name="x")
+    assert "\n" not in str(caught.value)
+    assert times(place) == before
