@@ -37,6 +37,10 @@ COMMANDS = {
     "index": ("commands.data:index", "Find the videos and annotations below a folder, and split them"),
     "train-cnn": ("commands.train:train_cnn", "Stage one: fine-tune a CNN on the tools visible in single frames"),
     "extract": ("commands.train:extract", "Compute one embedding per frame, in one HDF5 file per video"),
+    "train-tools": (
+        "commands.train:train_tools",
+        "Recognise tools by a linear probe of the features, for encoders that are not trained",
+    ),
     "train-temporal": ("commands.train:train_temporal", "Stage two: train a phase model on whole videos of embeddings"),
     "ablate": ("commands.train:ablate", "Compare settings of stage two over seeds: ranked table, plots, best settings"),
     "compare-encoders": (

@@ -25,7 +25,7 @@ Callback = Callable[..., Any]
 
 EXIT_PARTLY = 1  # the command has finished, but some videos failed or were left out
 SHARED_STAGES = ("train-cnn", "extract", "train-temporal", "train-joint")  # several processes may share the work
-STAGES = (*SHARED_STAGES, "evaluate", "run", "ablate", "compare-encoders")  # commands that can be a Slurm job
+STAGES = (*SHARED_STAGES, "train-tools", "evaluate", "run", "ablate", "compare-encoders")  # can be a Slurm job
 
 
 class _Path(click.Path):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from configs.schema import CNN_FOLDER, EXTRACT_FOLDER, TEMPORAL_FOLDER, Config
+from configs.schema import CNN_FOLDER, EXTRACT_FOLDER, TEMPORAL_FOLDER, TOOLS_FOLDER, Config
 from engine.device import choose_device, choose_precision
 from engine.progress import say
 from engine.runs import RESULT_FILE
@@ -20,18 +20,20 @@ from stage1_cnn.extract import extract
 from stage1_cnn.train import train_cnn
 from stage2_temporal.evaluate import evaluate_run
 from stage2_temporal.joint.start import start_weights
+from stage2_temporal.tool_probe import train_tools, wants_probe
 from stage2_temporal.train import require_arithmetic, train_temporal
 
 Value = TypeVar("Value")
 
 
 def run_all(config: Config, run: Path, stop: StopRequest) -> dict[str, Any]:
-    """Run index, train-cnn, extract, train-temporal and evaluate.
+    """Run index, train-cnn, extract, train-tools, train-temporal and evaluate.
 
-    train-cnn is left out if the features come from the initial backbone. Returns the summary in `RUN/summary.json`:
-    results on the test videos, seconds per stage, and the videos that any stage left out, with reasons. For a skipped
-    stage, the summary keeps the seconds of the start that did the work. Raises UserError at the first stage that fails,
-    and Stopped when asked to stop; the results of earlier stages are kept.
+    train-cnn is left out if the features come from the initial backbone, and train-tools unless they do and there are
+    tool labels. Returns the summary in `RUN/summary.json`: results on the test videos, seconds per stage, and the
+    videos that any stage left out, with reasons. For a skipped stage, the summary keeps the seconds of the start that
+    did the work. Raises UserError at the first stage that fails, and Stopped when asked to stop; the results of earlier
+    stages are kept.
     """
     started = time.monotonic()
     require_precisions(config, run)
@@ -59,6 +61,9 @@ def run_all(config: Config, run: Path, stop: StopRequest) -> dict[str, Any]:
     report.require_others_done()
     say(report.sentence())
     usable_index(report.folder).require_videos("train", "val", "test")
+    if config.extract.encoder == "initial" and wants_probe(report.folder):
+        probed = _writes(run / TOOLS_FOLDER / RESULT_FILE)
+        say(f"tools: {stage('train-tools', lambda: train_tools(config, run, report.folder, stop), probed).sentence}")
     start, trained = start_weights(config), _writes(run / TEMPORAL_FOLDER / RESULT_FILE)
     stage("train-temporal", lambda: train_temporal(config, run, report.folder, stop, start=start), trained)
     evaluated = _writes(run / "evaluate" / "test" / METRICS_FILE)

@@ -1,5 +1,7 @@
-"""Commands that train or extract: `train-cnn`, `extract`, `train-temporal`, `train-joint`, `ablate`,
-`compare-encoders`, `run`."""
+"""Commands that train or extract.
+
+`train-cnn`, `extract`, `train-tools`, `train-temporal`, `train-joint`, `ablate`, `compare-encoders` and `run`.
+"""
 
 from __future__ import annotations
 
@@ -116,6 +118,29 @@ def shard_of_process(text: str) -> tuple[int, int]:
         raise UserError(f"--shard {text}: expected I/N with I from 0 to N-1, for example 0/4")
     here = launch()
     return int(first) + int(second) * here.rank, int(second) * here.count
+
+
+@click.command("train-tools")
+@options.settings()
+@click.option("--features", type=PATH, help=options.FEATURES_HELP)
+def train_tools(settings: Settings, features: Path | None) -> None:
+    """Recognise tools by a linear probe of the features, for encoders that are not trained.
+
+    One logistic regression per tool on standardised features of single frames; its regularisation is chosen on the
+    validation videos, or is C=1 without any. No image is read. `evaluate` and `predict` then recognise the run's tools
+    with it where the features have no tool logits, as those of `extract.encoder=initial`. Features of a fine-tuned
+    encoder have tool logits, which stay in use; validation mAP of both can be compared.
+    """
+    from features.store_folder import find_feature_folder
+    from stage2_temporal.tool_probe import train_tools as train
+
+    options.note_unused(settings, "joint")
+    run = settings.run()
+    folder = find_feature_folder(features, run, settings.config.extract.store)
+    with options.watch_signals() as stop:
+        result = train(settings.config, run, folder, stop, settings.given())
+    click.echo(f"tools: {result.sentence}")
+    options.end_with_left_out(result.left_out)
 
 
 @click.command("train-temporal")
@@ -262,8 +287,9 @@ def compare_encoders(
 def run(settings: Settings) -> None:
     """Run index, both stages and evaluation from one file of settings.
 
-    The stages are index, train-cnn, extract, train-temporal and evaluate. A stage whose inputs have not changed is
-    skipped. The results are summarised in RUN/summary.json.
+    The stages are index, train-cnn, extract, train-temporal and evaluate. With extract.encoder=initial, train-tools
+    takes the place of train-cnn, if there are tool labels. A stage whose inputs have not changed is skipped. The
+    results are summarised in RUN/summary.json.
     """
     from commands.run import run_all
 

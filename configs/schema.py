@@ -34,6 +34,7 @@ MAIN_TRACK = "phases"  # the label track that every data set has
 MAX_FPS = 10_000.0  # cameras with 1,000 frames per second exist; rates above this limit come from damaged files
 # The folder of a stage in a run is called like the section of its settings.
 CNN_FOLDER, EXTRACT_FOLDER, TEMPORAL_FOLDER, JOINT_FOLDER = "cnn", "extract", "temporal", "joint"
+TOOLS_FOLDER = "tools"
 DEFAULT_BACKBONE = "resnet50"
 Inference = Literal["carried", "clip"]
 Precision = Literal["auto", "native", "fp32", "bf16", "fp16"]

@@ -48,6 +48,7 @@ from stage2_temporal.scoring import (
     score_and_write,
     validation_thresholds,
 )
+from stage2_temporal.tool_probe import ToolProbe, fitting_tool_probe, tool_logits_of
 
 
 def evaluate_run(
@@ -69,6 +70,7 @@ def evaluate_run(
     videos, `RUN/summary.json` is updated and `RUN/MODEL_CARD.md` written as well. With `index_file`, another data set
     with the same classes is evaluated, and missing features are extracted into the run's folder; with `mapping`, it may
     have other classes, and phases are scored in the mapping's vocabulary, other tracks and tools not at all.
+    Tools of features without tool logits are recognised by the run's probe (`train-tools`), if there is one.
     `inference` overrides that of the training. Without `redo`, an existing evaluation of the same model and features is
     printed instead of being computed again. Raises UserError if the run is not trained, if the data have other classes,
     if the features come from another encoder, or if image settings that the user gave (`given`) contradict the
@@ -90,8 +92,9 @@ def evaluate_run(
     _require_compatible(about, folder, index, videos, temporal, same_classes=common is None)
     say_left_out(index)
 
-    thresholds, tracks = _thresholds(folder, index), () if common else about.further_tracks
-    identity = _identity(temporal, videos, index, split, inference, thresholds, tracks, common).digest
+    probe = None if common else _tool_probe(run, videos, index, split, config.data.allow_overlap)
+    thresholds, tracks = _thresholds(folder, index, probe), () if common else about.further_tracks
+    identity = _identity(temporal, videos, index, split, inference, thresholds, tracks, common, probe).digest
     fps = float(next(iter(videos.values())).attributes["fps"])
     labels = GroundTruth(index, split, fps, videos, known_root(config), tracks)
     truth = common.of_truth(labels) if common else labels
@@ -99,9 +102,16 @@ def evaluate_run(
     if evaluation is not None:
         say(f"{out}: unchanged")
     else:
-        predicted = _predicted(config, temporal, videos, inference, thresholds, common, stop)
-        record, encoder = common.to_json() if common else None, _encoder(videos)
-        evaluation = score_and_write(out, truth, predicted, identity_sha256=identity, encoder=encoder, mapping=record)
+        predicted = _predicted(config, temporal, videos, inference, thresholds, common, stop, probe)
+        evaluation = score_and_write(
+            out,
+            truth,
+            predicted,
+            identity_sha256=identity,
+            encoder=_encoder(videos),
+            mapping=common.to_json() if common else None,
+            tool_probe=probe.to_json() if probe else None,
+        )
     report(run, out, truth, evaluation)
     return evaluation
 
@@ -251,12 +261,13 @@ def _identity(
     thresholds: Mapping[str, float] | None,
     tracks: Sequence[str],
     common: PhaseMapping | None,
+    probe: ToolProbe | None,
 ) -> StageIdentity:
     """Everything that an evaluation depends on.
 
-    This is the weights of both heads, the encoder and sources of the features, the labels, the majority phase of the
-    training videos, the thresholds (which depend on the validation videos), which videos are left out and why, and the
-    metrics and conventions of plug-ins.
+    This is the weights of both heads and of the tools' probe, the encoder and sources of the features, the labels, the
+    majority phase of the training videos, the thresholds (which depend on the validation videos), which videos are left
+    out and why, and the metrics and conventions of plug-ins.
     """
     heads = (temporal, temporal / FRAME_FOLDER)
     weights = [sha256_file(path) for folder in heads if (path := folder / BEST_FILE).exists()]
@@ -279,6 +290,7 @@ def _identity(
             "left_out": index.left_out_records(),
             "plugins": plugin_names() or ABSENT,
             "mapping": common.to_json() if common else ABSENT,
+            "tool_probe": probe.to_json() if probe else ABSENT,
         }
     )
 
@@ -327,12 +339,13 @@ def _predicted(
     thresholds: Mapping[str, float] | None,
     common: PhaseMapping | None,
     stop: StopRequest,
+    probe: ToolProbe | None,
 ) -> Predicted:
     """The predictions of both heads, of every track, and of the majority class, in the common vocabulary if given."""
     probabilities = _probabilities(config, temporal, videos, inference, stop)
     predicted = Predicted(
         probabilities=probabilities.pop(MAIN_TRACK),
-        tool_logits=_tool_logits(videos),
+        tool_logits=tool_logits_of(videos, probe),
         majority=recorded_majority(temporal / RESULT_FILE, required=True),
         thresholds=thresholds,
         tracks=_of_tracks(temporal, probabilities),
@@ -351,13 +364,24 @@ def _of_tracks(
     }
 
 
-def _tool_logits(videos: Mapping[str, VideoFeatures]) -> dict[str, NDArray[np.float32]]:
-    """The tool logits of the videos whose encoder had a trained tool head."""
-    found = {name: video.tool_logits for name, video in videos.items()}
-    return {name: logits for name, logits in found.items() if logits.size and np.isfinite(logits).all()}
+def _tool_probe(
+    run: Path, videos: Mapping[str, VideoFeatures], index: Index, split: str, allow: bool
+) -> ToolProbe | None:
+    """The run's probe (`train-tools`), if the features have no tool logits and the probe recognises their tools.
+
+    Raises UserError if it was trained on features of another encoder, or on videos that are tested.
+    """
+    if tool_logits_of(videos):
+        return None
+    encoder = _encoder(videos)
+    probe = fitting_tool_probe(run, encoder, encoder["digest"], index.dataset.tools)
+    if probe is not None:
+        folder = probe.path.parent
+        require_separate_split(folder, index, split, allow, own=is_own_index(folder, index))
+    return probe
 
 
-def _thresholds(folder: Path, index: Index) -> Mapping[str, float] | None:
+def _thresholds(folder: Path, index: Index, probe: ToolProbe | None) -> Mapping[str, float] | None:
     """A threshold per tool, chosen on the validation videos.
 
     None if a validation video has no features, or if none has tool labels.
@@ -367,4 +391,4 @@ def _thresholds(folder: Path, index: Index) -> Mapping[str, float] | None:
         return None
     videos = load_feature_set(folder, ids, in_memory=False)
     labels = {name: video.tools for name, video in videos.items()}
-    return validation_thresholds(labels, _tool_logits(videos), index.dataset.tools)
+    return validation_thresholds(labels, tool_logits_of(videos, probe), index.dataset.tools)

@@ -56,6 +56,7 @@ from stage2_temporal.data import with_tool_logits
 from stage2_temporal.heads.base import require_causal
 from stage2_temporal.model import PhaseModel
 from stage2_temporal.predict import OnlinePredictor, chosen_inference, load_temporal, other_encoder
+from stage2_temporal.tool_probe import fitting_tool_probe
 
 # Encodes fast, with sufficient quality: the annotated video illustrates a prediction and is not an archive.
 _ENCODER = {"preset": "veryfast", "crf": "23"}
@@ -124,8 +125,9 @@ def pair_of_stages(
     """Stage two of `run`, preceded by the encoder that computed the features of its training.
 
     The encoder is stage one of `cnn_run` (by default of the same run), unless `extract.checkpoint` or `extract.encoder`
-    name another one. Raises UserError if stage two was trained on features of another encoder, if the head needs whole
-    videos, or if the user gave (`given`) another preprocessing, sampling rate or backbone.
+    name another one. If it has no tool head, tools are recognised by the probe of `run`, if there is one. Raises
+    UserError if stage two or the probe was trained on features of another encoder, if the head needs whole videos, or
+    if the user gave (`given`) another preprocessing, sampling rate or backbone.
     """
     folder = run / TEMPORAL_FOLDER
     model, about = load_temporal(folder)
@@ -153,6 +155,9 @@ def pair_of_stages(
         )
     if about.tool_inputs:
         require_same_classes(folder / BEST_FILE, "tools", about.tool_inputs, spec.tools, spec.name)
+    made_now = encoder.spec
+    has_head = encoder.tool_head is not None
+    probe = None if has_head else fitting_tool_probe(run, made_now.to_json(), made_now.digest, spec.tools)
     start_stage("predict", config, encoder.device, encoder.spec.precision)
 
     def encode(frames: Tensor) -> tuple[Tensor, NDArray[np.float32] | None]:
@@ -160,9 +165,13 @@ def pair_of_stages(
         stored = torch.from_numpy(embedding.astype(encoder.spec.storage))  # rounded as in the training of stage two
         if about.tool_inputs:
             stored = with_tool_logits(stored, torch.from_numpy(logits), str(folder))
-        return stored.float(), logits if encoder.tool_head is not None else None
+        if probe is not None:
+            logits = probe.logits(embedding.astype(made_now.storage))
+        return stored.float(), logits if has_head or probe is not None else None
 
     weights = {"temporal": sha256_file(folder / BEST_FILE), "encoder": encoder.spec.digest}
+    if probe is not None:
+        weights["tools"] = sha256_file(probe.path)
     return Recogniser(encode, model, inference, about.frames, config, spec, weights, about.further_tracks)
 
 

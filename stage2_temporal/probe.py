@@ -237,7 +237,7 @@ def _one_thread() -> Any:
     """A context in which matrix products use one thread, so that sums do not depend on the number of threads."""
     from threadpoolctl import threadpool_limits
 
-    return threadpool_limits(1)
+    return threadpool_limits(1, user_api="blas")
 
 
 def _best(probes: Sequence[Probe], score: Callable[[Probe], float | None]) -> Probe:

@@ -178,6 +178,7 @@ def score_and_write(
     encoder: Mapping[str, Any] | None = None,
     joint: JointDetails | None = None,
     mapping: Mapping[str, Any] | None = None,
+    tool_probe: Mapping[str, Any] | None = None,
 ) -> Evaluation:
     """Compute the metrics of every head and of the tools, and write them to `out`.
 
@@ -212,6 +213,7 @@ def score_and_write(
         identity_sha256=identity_sha256,
         encoder=encoder,
         mapping=mapping,
+        tool_probe=tool_probe,
         joint=joint,
     )
     make_folder(out)
@@ -302,7 +304,8 @@ def _print_tables(truth: GroundTruth, evaluation: Evaluation) -> None:
     else:
         unlabelled = truth.videos.keys() <= set(truth.without_labels["tools"])
         what = "no tool labels in these videos" if unlabelled else "no trained tool head in this run"
-        say(f"note: {what}, so no tool metrics")
+        probe = not unlabelled and evaluation.joint is None
+        say(f"note: {what}, so no tool metrics{'; train-tools trains a linear probe of the features' if probe else ''}")
     joint = evaluation.joint
     if joint and joint.mapped_tools:
         say(

@@ -188,6 +188,13 @@ MODES = [
         {**RUN, "--devices": "2", "--shard": "1/2", "--index": "a #b", "--trusted": "", "--from-joint": "net"},
     ),
     Mode(
+        "train-tools",
+        "always",
+        [],
+        ("stage2_temporal.tool_probe:train_tools",),
+        {**RUN, "--features": "a #b"},
+    ),
+    Mode(
         "train-temporal",
         "always",
         [],

@@ -251,7 +251,8 @@ class Evaluation(Record):
     records of videos left out. `encoder` is the encoder that made the features, or None for a net that reads frames.
     `mapping` has the name of a mapping of classes and its effect, if one was used. `simulated` is None in files of
     versions that did not record it. `tracks` has the results of additional label tracks, in the form of `phases`; None
-    for a run that recognises phases only.
+    for a run that recognises phases only. `tool_probe` has C, validation mAP (a fraction) and the hash of the linear
+    probe of the features that recognised the tools; None for tools of the net itself.
     """
 
     split: str
@@ -268,6 +269,7 @@ class Evaluation(Record):
     encoder: Mapping[str, Any] | None = None
     tracks: Mapping[str, Mapping[str, ByConvention]] | None = None
     mapping: Mapping[str, Any] | None = None
+    tool_probe: Mapping[str, Any] | None = None
     joint: JointDetails | None = field(default=None, metadata=FLAT)
 
     @classmethod

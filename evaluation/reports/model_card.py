@@ -92,7 +92,7 @@ def _kind(stage: str, spec: DataSetSpec, settings: Mapping[str, Any], evaluation
     """Describe what the net is and what it recognises. Tools are not mentioned if the data set or the net has none."""
     tasks = evaluation.tasks
     untrained = stage == "temporal" and settings.get("extract", {}).get("encoder") == "initial"
-    if not spec.tools or untrained:
+    if not spec.tools or (untrained and not evaluation.tool_probe):
         tasks = "phase"
     names = [*_TASKS[tasks].split(" and "), *(evaluation.tracks or ())]
     return f"{_KINDS['tool' if tasks == 'tool' else stage]} for {', '.join([*names[:-2], ' and '.join(names[-2:])])}"

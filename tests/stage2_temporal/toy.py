@@ -45,26 +45,28 @@ def write_folder(
     precision: str = "fp32",
     arithmetic: str = "plain",
     steps: Mapping[str, NDArray[np.int8]] | None = None,
+    tools: Mapping[str, NDArray[np.int8]] | None = None,
 ) -> Path:
     """A feature folder as `extract` writes it, with a sample every `frame_step` frames of the source.
 
-    `weights` gives single videos another encoder, `tool_logits` (T, K) the data set tools `t0`, `t1`, ..., `steps` (T,)
-    the additional label track `steps`.
+    `weights` gives single videos another encoder, `tool_logits` (T, K), by default NaN, or labels `tools` (T, K) the
+    data set tools `t0`, `t1`, ..., `steps` (T,) the additional label track `steps`.
     """
     entries = []
-    tools = tuple(f"t{k}" for k in range(next(iter(tool_logits.values())).shape[1])) if tool_logits else ()
+    of_tools = next(iter((tool_logits or tools or {}).values()), np.zeros((0, 0)))
+    tool_names = tuple(f"t{k}" for k in range(of_tools.shape[1]))
     for name, (split, features, phase) in videos.items():
         sha256, width = (weights or {}).get(name, "0" * 64), features.shape[1]
         encoder = EncoderSpec("toy", sha256, {}, 1.0, precision, storage, width, arithmetic)
         source = SourceIdentity(name, "0" * 64, 1, 25.0)
         index = np.rint(np.arange(len(features)) * frame_step).astype(np.int64)
-        no_tools = np.full((len(features), len(tools)), -1, np.int8)
+        present = tools[name] if tools else np.full((len(features), len(tool_names)), -1, np.int8)
         attributes = {"phases": json.dumps(phases)} | ({"tracks": json.dumps({"steps": STEPS})} if steps else {})
         tracks = {"steps": steps[name]} if steps else {}
         with write_features(
-            feature_path(folder, name), encoder, source, index, phase, no_tools, attributes, tracks=tracks
+            feature_path(folder, name), encoder, source, index, phase, present, attributes, tracks=tracks
         ) as writer:
-            writer.append(features, tool_logits[name] if tool_logits else no_tools.astype(np.float32))
+            writer.append(features, tool_logits[name] if tool_logits else np.full(present.shape, np.nan, np.float32))
         entries.append(
             VideoEntry(
                 id=name,
@@ -78,7 +80,7 @@ def write_folder(
                 split=split,  # type: ignore[arg-type]
             )
         )
-    described = spec(phases, tools)
+    described = spec(phases, tool_names)
     if steps:
         of_steps = {"steps": LabelSource(files=r"(?P<id>\w+)-steps\.txt")}
         described = described.model_copy(update={"tracks": {"steps": TrackSpec(classes=STEPS)}, "labels": of_steps})
