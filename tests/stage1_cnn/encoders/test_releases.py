@@ -1,0 +1,322 @@
+"""Published files of named encoders: they load as they are, and give the embeddings that the release defines.
+
+`releases/NAME.txt` lists the names and shapes of a release's tensors, taken from the release's own classes. A file of
+random values is made from the list, inside what the release's program saves around them. The expected embedding is
+restated here with timm or torchvision alone: the network built there, its tensors renamed by rules written out again,
+and the frame prepared by torchvision's transforms as the release documents.
+
+To add a release: its list, and one `Release` in `RELEASES`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torchvision
+from PIL import Image
+from torch import Tensor, nn
+from torchvision import transforms
+
+from configs.encoder_spec import find_description
+from configs.schema import Config
+from features.frames.preprocess import Geometry
+from features.store import read_features
+from features.video.open import open_video
+from stage1_cnn.encoders.backbone import build_backbone
+from stage1_cnn.encoders.encoder import load_encoder
+from tests.cli import succeed
+
+LISTS = Path(__file__).parent / "releases"
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Release:
+    """One published file, and its embedding in other words.
+
+    `content` puts the listed tensors into what the release saves; `found` is the place in that file from which they
+    must be taken. `renamed` turns listed names into those of `reference`, which builds timm's or torchvision's network;
+    shapes are those of the reference (linear layers for 1 x 1 convolutions). `transform` prepares an image, `embed`
+    gives the embedding of a batch of one. `variant` tells the files of one encoder apart.
+    `check` says whether the embedding is compared too, and whether by the command `extract`: one of each family.
+    """
+
+    encoder: str
+    content: Callable[[State], Any]
+    found: str
+    reference: Callable[[], nn.Module]
+    renamed: tuple[tuple[str, str], ...]
+    transform: Callable[[Image.Image], Tensor]
+    embed: Callable[[nn.Module, Tensor], Tensor] = lambda net, images: net(images)
+    variant: str = "file"
+    check: Literal["names", "embedding", "extract"] = "embedding"
+    slow: bool = False  # too large for the embedding to be a quick test
+
+    @property
+    def list(self) -> Path:
+        return LISTS / f"{self.encoder.partition('@')[0]}.txt"
+
+
+# ------------------------------------------------------------------------------- files of the lists
+
+_STRIDES = (1, 13, 101, 997)
+_NOISE = 0.02 * torch.randn(1 << 18, generator=torch.Generator().manual_seed(0))
+_NEAR_ONE = 1 + _NOISE
+
+
+def random_tensor(name: str, shape: Sequence[int]) -> Tensor:
+    """A random tensor of small values; vectors of weights and variances are near 1.
+
+    It is a view of a small buffer, which overlaps others, so that a file of any network is small. The name gives the
+    place where it begins, so that tensors of one shape differ.
+    """
+    steps = iter(_STRIDES)
+    strides = [next(steps) if size > 1 else 1 for size in shape]
+    reach = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    vector = sum(size > 1 for size in shape) == 1
+    buffer = _NEAR_ONE if vector and name.endswith(("weight", "gamma", "scale", "running_var")) else _NOISE
+    return buffer.as_strided(shape, strides, zlib.crc32(name.encode()) % (len(buffer) - reach))
+
+
+def random_tensors(listed: Path) -> State:
+    """Random tensors with the names, shapes and types of a list; counters are 0."""
+    state = {}
+    for line in listed.read_text().splitlines():
+        if not line.startswith("#"):
+            name, sizes, kind = re.fullmatch(r"(\S+) \(([\d, ]*)\) (\w+)", line).groups()  # type: ignore[union-attr]
+            shape = [int(size) for size in re.findall(r"\d+", sizes)]
+            counter = torch.zeros(shape, dtype=getattr(torch, kind))
+            state[name] = random_tensor(name, shape) if kind == "float32" else counter
+    return state
+
+
+# ------------------------------------------------------------------------------- what releases save
+
+
+def squashed(size_px: int) -> Callable[[Image.Image], Tensor]:
+    """The whole frame in a square, bicubic, with ImageNet's mean and standard deviation."""
+    resize = transforms.Resize((size_px, size_px), transforms.InterpolationMode.BICUBIC)
+    return transforms.Compose([resize, transforms.ToTensor(), transforms.Normalize(*IMAGENET)])
+
+
+def prefixed(prefix: str, state: Mapping[str, Tensor]) -> State:
+    return {f"{prefix}{name}": tensor for name, tensor in state.items()}
+
+
+def of_dino(teacher: State) -> dict[str, Any]:
+    """A checkpoint of DINO's program: the teacher, its student in DistributedDataParallel, and the optimiser."""
+    moments = {n: {"step": 1, "exp_avg": one, "exp_avg_sq": one} for n, one in enumerate(teacher.values())}
+    return {
+        "student": {f"module.{name}": random_tensor(f"student.{name}", one.shape) for name, one in teacher.items()},
+        "teacher": teacher,
+        "optimizer": {"state": moments, "param_groups": [{"lr": 1e-4, "params": list(moments)}]},
+        "epoch": 51,
+        "args": argparse.Namespace(arch="network", lr=1e-4),
+        "loss": {"center": torch.zeros(1, 8)},
+    }
+
+
+def dino_checkpoint(state: State) -> dict[str, Any]:
+    """The same for the list of a backbone, with a part of DINO's head."""
+    return of_dino(prefixed("backbone.", state) | {"head.mlp.0.weight": random_tensor("head.mlp.0.weight", (64, 32))})
+
+
+# -------------------------------------------------------------------------------------- the releases
+
+CAFORMER = Release(
+    "surgenetxl_caformer_s18",
+    content=lambda state: state,
+    found="without a prefix",
+    reference=partial(timm.create_model, "caformer_s18", num_classes=0, mlp_act=nn.ReLU, act1_layer=nn.ReLU),
+    renamed=(
+        (r"^downsample_layers\.0\.conv", "stem.conv"),
+        (r"^downsample_layers\.0\.post_norm", "stem.norm"),
+        (r"^downsample_layers\.(\d)\.conv", r"stages.\1.downsample.conv"),
+        (r"^downsample_layers\.(\d)\.pre_norm", r"stages.\1.downsample.norm"),
+        (r"^stages\.(\d)\.(\d)\.", r"stages.\1.blocks.\2."),
+        (r"^norm\.", "head.norm."),
+    ),
+    transform=squashed(224),
+    check="extract",
+)
+CONVNEXTV2 = Release(
+    "surgenet_convnextv2_tiny",
+    content=lambda state: state,
+    found="without a prefix",
+    reference=partial(timm.create_model, "convnextv2_tiny", num_classes=0),
+    renamed=(
+        (r"^downsample_layers\.0\.", "stem."),
+        (r"^downsample_layers\.(\d)\.", r"stages.\1.downsample."),
+        (r"^stages\.(\d)\.(\d)\.", r"stages.\1.blocks.\2."),
+        ("dwconv", "conv_dw"),
+        (r"pwconv1", "mlp.fc1"),
+        (r"pwconv2", "mlp.fc2"),
+        (r"grn\.gamma", "mlp.grn.weight"),
+        (r"grn\.beta", "mlp.grn.bias"),
+        (r"^norm\.", "head.norm."),
+    ),
+    transform=squashed(224),
+)
+PVT = Release(
+    "surgenet_pvt_v2_b2",
+    content=lambda state: state,
+    found="without a prefix",
+    reference=partial(timm.create_model, "pvt_v2_b2", num_classes=0),
+    renamed=(
+        (r"^patch_embed1", "patch_embed"),
+        (r"^patch_embed2", "stages.1.downsample"),
+        (r"^patch_embed3", "stages.2.downsample"),
+        (r"^patch_embed4", "stages.3.downsample"),
+        (r"^(block|norm)1", r"stages.0.\1"),
+        (r"^(block|norm)2", r"stages.1.\1"),
+        (r"^(block|norm)3", r"stages.2.\1"),
+        (r"^(block|norm)4", r"stages.3.\1"),
+        (r"^(stages\.\d)\.block\.", r"\1.blocks."),
+        (r"dwconv\.dwconv", "dwconv"),
+    ),
+    transform=squashed(224),
+)
+
+
+def convnext_large() -> nn.Module:
+    with torch.device("meta"):  # all its values are replaced
+        net = torchvision.models.convnext_large(weights=None)
+    net.classifier[2] = nn.Identity()
+    return net
+
+
+LEMONFM = Release(
+    "lemonfm",
+    content=of_dino,
+    found="under `teacher.backbone.`",
+    reference=convnext_large,
+    renamed=((r"^backbone\.", ""),),
+    transform=squashed(224),
+    check="extract",
+    slow=True,
+)
+RELEASES = [
+    CAFORMER,
+    replace(CAFORMER, variant="dino", content=dino_checkpoint, found="under `teacher.backbone.`", check="names"),
+    CONVNEXTV2,
+    replace(
+        CONVNEXTV2, variant="prefixed", content=partial(prefixed, "backbone."), found="under `backbone.`", check="names"
+    ),
+    PVT,
+    LEMONFM,
+]
+
+
+def name_of(release: Release) -> str:
+    return f"{release.encoder}-{release.variant}"
+
+
+def releases(check: str) -> list[Any]:
+    """The releases with this check, as parameters of a test."""
+    chosen = [release for release in RELEASES if release.check == check]
+    return [pytest.param(one, id=name_of(one), marks=[pytest.mark.slow] if one.slow else []) for one in chosen]
+
+
+# ------------------------------------------------------------------- the file, and what must come out of it
+
+
+def write(release: Release, path: Path) -> State:
+    """Write the release's file; returns the listed tensors."""
+    state = random_tensors(release.list)
+    torch.save(release.content(state), path)
+    return state
+
+
+def expected_embedding(release: Release, state: State, image: Image.Image) -> Tensor:
+    """The embedding (D,) by timm or torchvision alone."""
+    net = release.reference().eval()
+    own, given = net.state_dict(), {}
+    for name, tensor in state.items():
+        for pattern, replacement in release.renamed:
+            name = re.sub(pattern, replacement, name)
+        if name in own:
+            given[name] = tensor.reshape(own[name].shape)
+    assert given.keys() == own.keys()
+    net.load_state_dict(given, assign=True)
+    with torch.inference_mode():
+        return release.embed(net, release.transform(image)[None])[0]
+
+
+@pytest.fixture(scope="module")
+def clip(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of one real video, 854 x 480, with its labels."""
+    root = tmp_path_factory.mktemp("clip")
+    for file in ("videos/video05.mp4", "phase_annotations/video05-phase.txt", "tool_annotations/video05-tool.txt"):
+        (root / file).parent.mkdir()
+        shutil.copyfile(shared_data / "clips" / file, root / file)
+    return root
+
+
+@pytest.fixture(scope="module")
+def image(clip: Path) -> Image.Image:
+    """The first frame of the video."""
+    with open_video(clip / "videos/video05.mp4") as reader:
+        return Image.fromarray(next(iter(reader.read([0]))))
+
+
+# --------------------------------------------------------------------------------------------- tests
+
+
+@pytest.mark.parametrize("release", RELEASES, ids=name_of)
+@pytest.mark.filterwarnings("ignore:.*no-op:UserWarning")
+def test_every_tensor_is_found_in_the_published_file(
+    release: Release, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the device `meta`, which stores no values, so that networks of any size take part."""
+    write(release, tmp_path / "published.pth")
+    with torch.device("meta"):
+        backbone = build_backbone(release.encoder, str(tmp_path / "published.pth"), 0)
+    found = f"all {len(backbone.net.state_dict())} tensors of {release.encoder} found {release.found}"
+    assert found in capsys.readouterr().err
+    description = find_description(release.encoder)
+    assert description is not None
+    assert sum(parameter.numel() for parameter in backbone.parameters()) == description.parameters
+
+
+@pytest.mark.parametrize("release", releases("embedding"))
+def test_embedding_is_that_of_the_release(release: Release, tmp_path: Path, image: Image.Image) -> None:
+    state = write(release, tmp_path / "published.pth")
+    config = Config.model_validate(
+        {
+            "device": "cpu",
+            "cnn": {"backbone": release.encoder, "weights": str(tmp_path / "published.pth")},
+            "extract": {"encoder": "initial", "precision": "fp32"},
+        }
+    )
+    own = config.preprocess
+    geometry = Geometry(own.resize_px, None, own.interpolation, own.short_side_px, own.crop_px)
+    found, _ = load_encoder(config, None, ["Grasper"])(geometry.resize_frame(np.asarray(image))[None])
+    np.testing.assert_allclose(found[0], expected_embedding(release, state, image), atol=1e-4)
+
+
+@pytest.mark.parametrize("release", releases("extract"))
+def test_extract_takes_the_published_file(release: Release, tmp_path: Path, clip: Path, image: Image.Image) -> None:
+    state = write(release, tmp_path / "published.pth")
+    values = {"data.root": clip, "data.split.rule": "1/0/0", "data.fps": 0.05, "device": "cpu", "extract.workers": 1}
+    values |= {"extract.precision": "fp32", "extract.storage": "float32"}
+    settings = [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
+    succeed(["index", *settings], tmp_path)
+    extract = ["extract", "--encoder", release.encoder, "--weights", "published.pth", "--trusted"]
+    assert f"tensors of {release.encoder} found {release.found}" in succeed([*extract, *settings], tmp_path)
+    (file,) = (tmp_path / "artifacts/features").glob("*/video05.h5")
+    found = np.asarray(read_features(file).features)
+    assert len(found) == 2
+    np.testing.assert_allclose(found[0], expected_embedding(release, state, image), atol=1e-4)
