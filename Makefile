@@ -83,6 +83,7 @@ bench: $(STAMP) ## measure what docs/performance.md quotes and needs no data of 
 	$(BIN)/python benchmarks/evaluate.py --json artifacts/bench/evaluate.json
 	$(BIN)/python benchmarks/readers.py --json artifacts/bench/readers.json
 	$(BIN)/python benchmarks/extract.py --json artifacts/bench/extract.json
+	$(BIN)/python benchmarks/encoders.py --json artifacts/bench/encoders.json
 	$(BIN)/python benchmarks/instruction_sets.py --json artifacts/bench/instruction_sets.json
 	$(BIN)/python benchmarks/report.py --json artifacts/bench/report.json
 
