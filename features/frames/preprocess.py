@@ -66,9 +66,23 @@ class Geometry:
 
         The box depends only on the video (not on sampling rate, epoch or worker), so it is the same in every mode.
         """
-        box = find_margin(reader.read(reader.spread(MARGIN_FRAMES))) if config.cut_margin else None
-        short = config.short_side_px
-        return cls(config.resize_px, box, config.interpolation, short, None if short is None else config.crop_px)
+        return cls.each_of_video([config], reader)[0]
+
+    @classmethod
+    def each_of_video(cls, configs: Sequence[PreprocessConfig], reader: FrameReader) -> list[Geometry]:
+        """As `of_video`, for several settings at once, so that the margin is looked for once."""
+        cuts = any(config.cut_margin for config in configs)
+        box = find_margin(reader.read(reader.spread(MARGIN_FRAMES))) if cuts else None
+        return [
+            cls(
+                config.resize_px,
+                box if config.cut_margin else None,
+                config.interpolation,
+                config.short_side_px,
+                None if config.short_side_px is None else config.crop_px,
+            )
+            for config in configs
+        ]
 
     def resize_frame(self, rgb: np.ndarray) -> np.ndarray:
         """Cut and resize a frame: (H, W, 3) uint8 -> (R, R, 3) uint8. A box beyond the frame is cut to the frame."""

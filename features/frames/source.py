@@ -174,7 +174,7 @@ def source_frames(
     They are resized as `config.preprocess` says or, from one decode, as each of `sizes` says (`resize_each`).
     """
     with open_source(config, dataset, entry, config.extract.hardware_decoding) as reader:
-        geometries = [Geometry.of_video(size, reader) for size in sizes or [config.preprocess]]
+        geometries = Geometry.each_of_video(sizes or [config.preprocess], reader)
         frames = (resize_each(geometries, rgb) for rgb in reader.read(frame_index.tolist()))
         yield SampledFrames(frames, {"reader": reader.name, "reader_version": reader.version, "frames_from": "source"})
 

@@ -21,6 +21,7 @@ from features.store import read_features
 from stage1_cnn.encoders.encoder import encoded_at_once
 from stage1_cnn.extract import ExtractReport, extract
 from stage1_cnn.segments import Assembly, VideoJob, split_among
+from stage1_cnn.shared_decode import SharedJob
 from tests.stage1_cnn.material import FRAMES, SPEC, StopAfter, World, make_world, paint, write_labels
 from tests.videos import VideoSpec, damage_packet, write_video
 
@@ -118,7 +119,7 @@ def parts_of(world: World, folder: Path, parts: int = 3) -> tuple[Assembly, modu
 
 def do(task: module.EncoderTask, piece: VideoJob) -> str | None:
     """Do one part here; returns why it failed."""
-    return module.ExtractTask([task], module.Seconds(1, 1))(module.SharedJob(0, ((0, piece),)), lambda frames: None)
+    return module.ExtractTask([task], module.Seconds(1, 1))(SharedJob(0, ((0, piece),)), lambda frames: None)
 
 
 def test_another_process_gets_the_folded_net_and_computes_the_same(long_world: World, tmp_path: Path) -> None:
@@ -248,7 +249,7 @@ class Full(module.EncoderTask):
 class KilledOnce(module.ExtractTask):
     """Dies in the second part, the first time."""
 
-    def __call__(self, job: module.SharedJob, advance) -> str | None:
+    def __call__(self, job: SharedJob, advance) -> str | None:
         mark = self.encoders[0].folder.parent / "killed"
         if job.video.first and not mark.exists():
             mark.touch()

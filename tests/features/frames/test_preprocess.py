@@ -124,10 +124,13 @@ def test_geometry_of_a_video_reads_frames_only_where_needed(tmp_path):
         Image.fromarray(endoscope()).save(tmp_path / f"{number}.png")
         files.append((number, f"{number}.png"))
     reader = FolderReader(tmp_path, dict(files))
-    assert Geometry.of_video(PreprocessConfig(cut_margin=True, resize_px=64, crop_px=48), reader).box is not None
+    cut, whole = (PreprocessConfig(cut_margin=choice, resize_px=64, crop_px=48) for choice in (True, False))
+    alone = Geometry.of_video(cut, reader)
+    assert alone.box is not None
+    assert Geometry.each_of_video([whole, cut, cut], reader) == [Geometry(64), alone, alone]
     for path in tmp_path.iterdir():
         path.unlink()
-    assert Geometry.of_video(PreprocessConfig(resize_px=64, crop_px=48), reader) == Geometry(64)
+    assert Geometry.of_video(whole, reader) == Geometry(64)
 
 
 def test_margin_of_real_clips(shared_data):
