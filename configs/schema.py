@@ -669,6 +669,15 @@ class Config(Strict):
     temporal: TemporalConfig = TemporalConfig()
     joint: JointConfig = JointConfig()
 
+    @model_serializer(mode="wrap")
+    def _with_preprocess_in_full(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """With an encoder that has its own preprocessing, defaults are written too: it would replace them if absent."""
+        tree: dict[str, Any] = dump(self)
+        if "preprocess" in tree and own_preprocess(self.cnn.backbone):
+            omitted = {name: getattr(self.preprocess, name) for name in sorted(PreprocessConfig.OMITTED)}
+            tree["preprocess"] = omitted | tree["preprocess"]
+        return tree
+
     @model_validator(mode="before")
     @classmethod
     def _preprocess_follows_the_encoder(cls, tree: Any) -> Any:

@@ -271,6 +271,7 @@ def import_everything() -> None:
     import plotly.offline  # noqa: F401
     import sklearn.metrics  # noqa: F401
     import tensorboard.summary.writer.record_writer  # noqa: F401
+    import timm  # noqa: F401
     import torch
     import torchvision  # noqa: F401
 

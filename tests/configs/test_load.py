@@ -235,3 +235,18 @@ def test_an_empty_reason_of_an_excluded_video_is_refused(tmp_path: Path) -> None
     listed = load_config("mini", ["data.exclude=[video01]"])
     file.write_text(to_yaml(listed))
     assert load_config(file) == listed
+
+
+@pytest.mark.parametrize("backbone", ["resnet50", "efficientnet_lite1", "timm:vit_tiny_patch16_224"])
+@pytest.mark.parametrize(
+    "values", [[], ["preprocess.interpolation=bilinear", "preprocess.short_side_px=null", "preprocess.resize_px=250"]]
+)
+def test_settings_mean_the_same_when_they_are_written_and_read_again(
+    backbone: str, values: list[str], tmp_path: Path
+) -> None:
+    """Also where a value is the default of `preprocess` but not that of the encoder."""
+    config = load_config("cholec80", [f"cnn.backbone={backbone}", *values])
+    (tmp_path / "again.yaml").write_text(to_yaml(config))
+    assert load_config(str(tmp_path / "again.yaml")) == config
+    assert Config.model_validate(config.model_dump()) == config
+    assert Config.model_validate(config.model_dump(mode="json")) == config

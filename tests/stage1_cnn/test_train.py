@@ -242,7 +242,7 @@ def test_weights_of_a_run_initialise_the_next(world: World) -> None:
 def test_a_partly_frozen_training_resumes_and_leaves_frozen_layers_as_they_were(world: World) -> None:
     """Weight decay does not change them either; the defaults of both settings are not part of a run's identity."""
     optim = {"name": "adamw", "lr": 0.003, "weight_decay": 0.1}
-    config = world.set(cnn={"freeze_until": "stage3", "layer_lr_decay": 0.5, "optim": optim})
+    config = world.set(cnn={"epochs": 1, "freeze_until": "stage3", "layer_lr_decay": 0.5, "optim": optim})
     whole = train(world, config, "whole")
     with pytest.raises(Stopped):
         train(world, config, "cut", StopAfter(3))
