@@ -13,9 +13,9 @@ from configs.schema import HeadConfig, Strict
 PROBE = "probe"  # the name of the frame probe, beside those of the heads
 # The blocks of settings that may differ between encoders; all others must be the same for all.
 _ENCODER_BLOCKS = ("preprocess", "cnn", "extract")
-# Keys that no encoder may set: the file gives them in another way, or features would end up in other folders.
+# Keys that the file gives in another way, and those of `extract` that concern the encoder alone.
 _GIVEN = {"cnn.backbone": "backbone", "cnn.weights": "weights", "extract.encoder": "finetune"}
-_FIXED = ("extract.store", "extract.checkpoint")
+_OF_ENCODER = {f"extract.{key}" for key in ("engine", "precision", "calibration_frames", "storage", "compile")}
 
 # Folders are named after encoders and heads.
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
@@ -38,9 +38,10 @@ class EncoderChoice(Strict):
         for key in self.settings:
             if key in _GIVEN:
                 raise ValueError(f"settings: {key} is given by {_GIVEN[key]}; leave it out")
-            if key in _FIXED or key.partition(".")[0] not in _ENCODER_BLOCKS:
-                blocks = ", ".join(_ENCODER_BLOCKS)
-                raise ValueError(f"settings: {key} cannot differ between encoders; only settings of {blocks} can")
+            block = key.partition(".")[0]
+            if block not in _ENCODER_BLOCKS or (block == "extract" and key not in _OF_ENCODER):
+                blocks = f"preprocess, cnn, and {', '.join(sorted(_OF_ENCODER))}"
+                raise ValueError(f"settings: {key} cannot differ between encoders; only {blocks} can")
             if key.startswith("cnn.") and not self.finetune:
                 raise ValueError(f"settings: {key} has no effect on a frozen encoder; set finetune: true")
         return self

@@ -48,7 +48,8 @@ class EncoderFacts(Record):
 
     `crop_px` is the size of its images: of a square, or height and width.
     `size_bytes` are those of the feature files of all videos. `frames_per_s` is the speed at which this comparison
-    extracted features, None if they were there before. `finetuning_s` is the time of fine-tuning in all folds. `note`
+    extracted features with this encoder alone, and `encoded_per_s` that without reading frames; both are None if the
+    features were there before. `finetuning_s` is the time of fine-tuning in all folds. `note`
     says if the encoder's weights were trained on the data set.
     """
 
@@ -60,6 +61,7 @@ class EncoderFacts(Record):
     parameters: int
     size_bytes: int | None = None
     frames_per_s: float | None = None
+    encoded_per_s: float | None = None
     finetuning_s: float | None = None
     note: str | None = None
 

@@ -27,12 +27,14 @@ from features.dataset.splits import assign_splits
 from features.store import feature_path
 from features.store_folder import with_recorded_faults
 from stage1_cnn.encoders.backbone import initial_backbone, require_image_size
-from stage1_cnn.extract import ExtractReport, extract
+from stage1_cnn.extract import ExtractReport, ExtractRequest, extract, extract_each
 from stage1_cnn.train import train_cnn
 from stage2_temporal.train import require_arithmetic
 
 Folders = Mapping[int, Path]  # the feature folder of each fold
 _COST_FILE = "cost.json"
+# Frames, and the seconds that all processes together needed for reading and for encoding them.
+_COST_KEYS = ("frames", "decode_seconds", "encode_seconds")
 
 
 @dataclass(frozen=True)
@@ -173,12 +175,12 @@ def _names(plan: Plan, *, finetune: bool) -> list[str]:
 
 
 def _extract_frozen(plan: Plan, dataset: Dataset, stop: StopRequest, trusted: bool) -> dict[str, ExtractReport]:
-    """The features of all frozen encoders."""
-    reports = {}
-    for encoder in _names(plan, finetune=False):
-        say(f"== {encoder}: features")
-        reports[encoder] = extract(plan.config(encoder), plan.run(encoder), dataset, stop=stop, trusted=trusted)
-    return reports
+    """The features of all frozen encoders, for which each video is decoded once."""
+    names = _names(plan, finetune=False)
+    if names:
+        say(f"== features of {', '.join(names)}")
+    requests = [ExtractRequest(plan.config(encoder), plan.run(encoder)) for encoder in names]
+    return dict(zip(names, extract_each(requests, dataset, stop=stop, trusted=trusted), strict=True))
 
 
 def _outcome(plan: Plan, encoder: str, report: ExtractReport) -> list[tuple[str, str]]:
@@ -187,20 +189,20 @@ def _outcome(plan: Plan, encoder: str, report: ExtractReport) -> list[tuple[str,
     say(report.sentence())
     if report.frames:
         path = plan.run(encoder) / _COST_FILE
-        frames, seconds = _cost(path)
-        write_json(path, {"frames": frames + report.frames, "seconds": round(seconds + report.seconds, 3)})
+        new = (report.frames, *(s / report.processes for s in (report.decode_seconds, report.encode_seconds)))
+        known = _cost(path) or (0, 0.0, 0.0)
+        write_json(path, {key: round(a + b, 3) for key, a, b in zip(_COST_KEYS, known, new, strict=True)})
     return [(f"{encoder}, {video_id}", str(reason)) for video_id, reason in report.failed]
 
 
-def _cost(path: Path) -> tuple[int, float]:
-    """The frames extracted in this comparison, and the seconds that they took."""
+def _cost(path: Path) -> tuple[float, float, float] | None:
+    """The values of `_COST_KEYS` in this comparison so far; None if it has extracted nothing."""
     if not path.is_file():
-        return 0, 0.0
-    found = read_json_object(path)
-    frames, seconds = found.get("frames"), found.get("seconds")
-    if not (isinstance(frames, int) and isinstance(seconds, int | float)):
+        return None
+    frames, decode, encode = (read_json_object(path).get(key) for key in _COST_KEYS)
+    if not all(isinstance(value, int | float) and value >= 0 for value in (frames, decode, encode)):
         raise UserError(f"{path}: damaged; delete it")
-    return frames, float(seconds)
+    return frames, decode, encode  # type: ignore[return-value]
 
 
 def usable_everywhere(folds: Mapping[int, Index], folders: Mapping[str, Folders]) -> dict[int, Index]:
@@ -216,15 +218,20 @@ def usable_everywhere(folds: Mapping[int, Index], folders: Mapping[str, Folders]
 
 def with_costs(plan: Plan, facts: EncoderFacts, encoder: str, folders: Folders, index: Index) -> EncoderFacts:
     """The facts with the size of all videos' features, the speed of extraction, the time of fine-tuning, and a note."""
-    frames, seconds = _cost(plan.run(encoder) / _COST_FILE)
+    cost = _cost(plan.run(encoder) / _COST_FILE)
     sizes = [sum(feature_path(folder, one.id).stat().st_size for one in index.videos) for folder in folders.values()]
     return replace(
         facts,
         size_bytes=round(statistics.fmean(sizes)),
-        frames_per_s=frames / seconds if frames and seconds else None,
+        frames_per_s=_rate(cost[0], cost[1] + cost[2]) if cost else None,
+        encoded_per_s=_rate(cost[0], cost[2]) if cost else None,
         finetuning_s=_finetuning_s(plan, encoder, list(folders)) if facts.finetuned else None,
         note=overlap_note(facts, index.dataset.name),
     )
+
+
+def _rate(frames: float, seconds: float) -> float | None:
+    return frames / seconds if seconds else None
 
 
 def overlap_note(facts: EncoderFacts, dataset: str) -> str | None:
@@ -235,10 +242,10 @@ def overlap_note(facts: EncoderFacts, dataset: str) -> str | None:
     description = find_description(facts.backbone)
     if description is None or facts.weights == "random" or facts.weights.startswith("run:"):
         return None
-    for name, videos in description.pretrained_on.items():
+    for name, videos in sorted(description.pretrained_on.items(), key=lambda one: one[0] != dataset):
         if name == dataset or any(one.joins(name, dataset) for one in known_overlaps()):
             same = "" if name == dataset else f", which may share operations with {dataset}"
-            return f"pretrained on {name} ({videos}){same}, so its scores may be too good"
+            return f"its release was pretrained on {name} ({videos}){same}, so its scores may be too good"
     return None
 
 

@@ -8,7 +8,8 @@ folder has its predictions is not repeated, so the command can be stopped and st
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,7 @@ class EncoderTask:
     def is_done(self, unit: Unit) -> bool:
         """Whether the unit was trained on these data, and all its predictions are there."""
         path = unit.folder(self.plan) / _DONE_FILE
-        return path.is_file() and read_json_object(path).get("identity_sha256") == self.identity(unit)
+        return path.is_file() and _recorded(path).get("identity_sha256") == self.identity(unit)
 
     def _videos(self, fold: int, split: str) -> Videos:
         ids = [one.id for one in self.data[fold].index.by_split(split)]
@@ -293,23 +294,36 @@ def _read_all(config: Config, folder: Path, folds: Sequence[Index]) -> TrainingD
 
 def _outcome(plan: Plan, unit: Unit) -> str:
     """The score of a finished training on the validation videos."""
-    score = read_json_object(unit.folder(plan) / _DONE_FILE).get("val_accuracy")
+    score = _recorded(unit.folder(plan) / _DONE_FILE).get("val_accuracy")
     return f"validation accuracy {100 * score:.2f} %" if isinstance(score, int | float) else "no validation videos"
 
 
 def _read(plan: Plan, unit: Unit, index: Index) -> Training:
     """A finished training with its predictions. Raises UserError naming the folder to delete if files are damaged."""
     folder = unit.folder(plan)
-    try:
-        result = read_json_object(folder / _DONE_FILE)
-        predicted = {one.id: _prediction(folder, one.id, index).phase for one in index.by_split("test")}
-    except UserError as error:
-        raise UserError(f"{error}; delete {folder} to train it again") from error
+    result = _recorded(folder / _DONE_FILE)
+    predicted = {one.id: _prediction(folder, one.id, index).phase for one in index.by_split("test")}
     return Training(unit.encoder, unit.head, unit.fold, unit.seed, predicted, {**result, "folder": str(folder)})
 
 
+def _recorded(path: Path) -> dict[str, Any]:
+    """The file that ends a training. Raises UserError naming the folder to delete if it is damaged."""
+    with _naming(path.parent):
+        return read_json_object(path)
+
+
 def _prediction(folder: Path, video_id: str, index: Index) -> PredictionFile:
-    return read_prediction_csv(folder / _PREDICTIONS / f"{file_stem(video_id)}.csv", index.dataset)
+    """The prediction of a training for a test video. Raises UserError naming the folder to delete if it is damaged."""
+    with _naming(folder):
+        return read_prediction_csv(folder / _PREDICTIONS / f"{file_stem(video_id)}.csv", index.dataset)
+
+
+@contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{error}; delete {folder} to train it again") from error
 
 
 # ---------------------------------------------------------------------------------------------- results

@@ -71,7 +71,8 @@ def facts(name: str, **changes: Any) -> EncoderFacts:
         embedding_dim=6,
         parameters=2_000_000 if name == "a" else 3_000_000,
         size_bytes=1_500_000,
-        frames_per_s=50.0 if name == "a" else 40.0,
+        frames_per_s=30.0,
+        encoded_per_s=50.0 if name == "a" else 40.0,
         finetuning_s=12.0 if name == "b" else None,
     )
     return replace(found, **changes)

@@ -17,11 +17,12 @@ import yaml
 from configs.errors import UserError
 from configs.load import load_encoder_comparison, to_yaml
 from engine.stopping import Stopped, StopRequest
+from evaluation.encoders import EncoderFacts
 from evaluation.files.predictions import read_prediction_csv
 from features.dataset.index import Index
 from features.store import read_features
 from stage2_temporal.ablation import encoders as encoders_module
-from stage2_temporal.ablation.encoder_features import Plan
+from stage2_temporal.ablation.encoder_features import Plan, overlap_note
 from stage2_temporal.ablation.encoders import compare
 from tests.cli import run, succeed
 from tests.stage1_cnn.material import FRAMES, SPEC, paint, write_labels
@@ -139,7 +140,7 @@ def test_the_table_is_that_of_the_predictions(finished: Path) -> None:
         facts = row["facts"]
         assert (facts["embedding_dim"], facts["crop_px"]) == (1024, 32)
         assert facts["parameters"] == 341792
-        assert facts["frames_per_s"] > 0
+        assert facts["encoded_per_s"] > facts["frames_per_s"] > 0
     assert found["about"]["videos"] == ["video01", "video02", "video03", "video04"]
 
 
@@ -226,10 +227,11 @@ def test_another_comparison_of_the_same_name_is_refused(place: Path) -> None:
     assert result(place)["comparisons"]["lstm"][0]["first"] == "frozen"
 
 
-def test_a_damaged_training_is_named(place: Path) -> None:
+@pytest.mark.parametrize(("name", "content"), [("predictions/video01.csv", "frame\n"), ("done.json", "[1]")])
+def test_a_damaged_training_is_named(place: Path, name: str, content: str) -> None:
     damaged = place / "runs/both/trainings/tuned/lstm/fold0-seed0"
-    (damaged / "predictions/video01.csv").write_text("frame\n")
-    with pytest.raises(UserError, match=r"video01\.csv: .*; delete .*fold0-seed0 to train it again"):
+    (damaged / name).write_text(content)
+    with pytest.raises(UserError, match=rf"{name}: .*; delete .*fold0-seed0 to train it again"):
         again(place)
 
 
@@ -291,3 +293,17 @@ def test_what_cannot_be_compared_is_one_line(
         again(place, *overrides, name="x")
     assert "\n" not in str(caught.value)
     assert times(place) == before
+
+
+def test_an_encoder_that_has_seen_the_data_set_is_noted() -> None:
+    def note(backbone: str, dataset: str, weights: str = "file.pth") -> str | None:
+        facts = EncoderFacts(
+            backbone=backbone, weights=weights, finetuned=False, crop_px=224, embedding_dim=1, parameters=1
+        )
+        return overlap_note(facts, dataset)
+
+    assert (note("surgenet_pvt_v2_b2", "cholec80") or "").startswith("its release was pretrained on cholec80 (76 of")
+    assert "which may share operations with cholect45" in (note("surgenet_pvt_v2_b2@mean", "cholect45") or "")
+    assert note("surgenet_pvt_v2_b2", "cataracts") is None
+    assert note("surgenet_pvt_v2_b2", "cholec80", "random") is None
+    assert note("efficientnet_lite0", "cholec80", "imagenet") is None
