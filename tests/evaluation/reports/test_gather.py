@@ -167,6 +167,15 @@ def test_the_page_is_one_file_with_nothing_outside(two: Report, tmp_path: Path) 
     assert render(two) == (tmp_path / "report.html").read_text()  # the same runs give the same bytes
 
 
+def test_tools_of_a_probe_are_said_to_be(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "frozen", ["a"], frames=60) / "evaluate/test/metrics.json"
+    said = "frozen: tools are recognised by a linear probe"
+    assert said not in Page(render(gather([tmp_path / "frozen"]))).text
+    probe = {"c": 0.1, "val_map": None, "weights_sha256": "0" * 64}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tool_probe": probe}))
+    assert said in Page(render(gather([tmp_path / "frozen"]))).text
+
+
 def test_names_are_text_and_nothing_else(tmp_path: Path) -> None:
     hostile = "</script><script>alert(1)</script>"
     phases = (hostile, '" onmouseover="alert(1)', *SPEC.phases[2:])
