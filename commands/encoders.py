@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import click
+
+from configs.errors import printable
 
 
 @click.group()
@@ -14,29 +18,38 @@ def encoders() -> None:
 
 
 @encoders.command("list")
-def list_encoders() -> None:
-    """List the encoders by name, with the dimension of their embeddings and the size of their images.
+@click.option("--json", "as_json", is_flag=True, help="Print all that the descriptions say, as JSON.")
+def list_encoders(as_json: bool) -> None:
+    """List the encoders that have a description.
 
-    Besides those listed, cnn.backbone takes every classification network of torchvision, under its name there, and
-    timm:NAME for every network of timm.
+    Shown are the dimension of their embeddings, the size of their images, whether their weights are on this machine,
+    and which data sets their pretraining has seen. Besides these, every classification network of torchvision and every
+    network of timm can be used.
     """
-    from configs.encoder_spec import described_encoders, find_description
+    from commands.encoder_lines import encoder_records, encoder_rows, other_encoders
 
-    for name in described_encoders():
-        description = find_description(name)
-        if description is not None:
-            click.echo(f"{name:28} {description.embedding_dim or '':>5} {description.title}")
+    if as_json:
+        click.echo(json.dumps(encoder_records(), indent=2))
+        return
+    rows = encoder_rows()
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    click.echo("")
+    for line in other_encoders():
+        click.echo(line)
 
 
 @encoders.command("info")
 @click.argument("name")
 def info(name: str) -> None:
-    """Show what the encoder NAME is, how it takes its frames, and where its weights are."""
-    from configs.encoder_spec import find_description
-    from configs.errors import UserError
+    """Show what is known about an encoder.
 
-    description = find_description(name)
-    if description is None:
-        raise UserError(f"{name}: no such encoder; `encoders list` shows the names")
-    for key, value in description.model_dump(exclude_defaults=True).items():
-        click.echo(f"{key}: {value}")
+    NAME is one of `encoders list`, a classification network of torchvision, timm:NAME, or a network of a plug-in. Shown
+    are the dimension of its embeddings, how frames are prepared for it and who says so, its weights (where they come
+    from, their licence, and whether they are on this machine), and which known data sets it was pretrained on.
+    """
+    from commands.encoder_lines import encoder_lines
+
+    for line in encoder_lines(name):
+        click.echo(printable(line))

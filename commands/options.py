@@ -243,12 +243,20 @@ def refuse_trusted(trusted: bool, instead: str | None) -> None:
 def known_weights(config: Config) -> str | None:
     """Return the setting that names the backbone's initial weights, or None if they are a third-party file."""
     weights = config.cnn.weights
-    return f"cnn.weights={weights}" if are_own_weights(weights) else None
+    return f"cnn.weights={weights}" if are_own_weights(weights, config.cnn.backbone) else None
 
 
-def are_own_weights(weights: str) -> bool:
-    """Whether a value of `cnn.weights` means something else than a third-party file."""
-    return weights in {"imagenet", "random", "cached"} or weights.startswith("run:")
+def are_own_weights(weights: str, backbone: str) -> bool:
+    """Whether a value of `cnn.weights` means something else than a third-party file.
+
+    Published weights of a described encoder are such a file, unless they are a part of a package.
+    """
+    from configs.encoder_spec import find_description
+
+    if weights not in {"published", "imagenet", "cached"}:
+        return weights == "random" or weights.startswith("run:")
+    described = find_description(backbone)
+    return described is None or described.weights is None or described.weights.package is not None
 
 
 def known_encoder(config: Config) -> str | None:

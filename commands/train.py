@@ -273,7 +273,7 @@ def compare_encoders(
 
     require_workers(workers)
     spec = load_encoder_comparison(file)
-    own = all(options.are_own_weights(encoder.weights) for encoder in spec.encoders.values())
+    own = all(options.are_own_weights(encoder.weights, encoder.backbone) for encoder in spec.encoders.values())
     options.refuse_trusted(trusted, "these encoders" if own else None)
     spec = spec.model_copy(update={"base": base}) if base else spec
     folder = Settings(spec.base, overrides).run(Path(file).stem if name is None else name)

@@ -303,8 +303,9 @@ class CnnConfig(OmitsDefaults, LoopConfig):
     )
     weights: str = Field(
         "imagenet",
-        description="imagenet | random | cached (imagenet if these weights are on this machine, otherwise random) | "
-        "a file with a state dict | run:NAME (the backbone of an earlier run)",
+        description="published (the encoder's released weights; imagenet means the same) | random | cached (published "
+        "if these weights are on this machine, otherwise random) | a file with a state dict | run:NAME (the backbone "
+        "of an earlier run)",
     )
     zero_init_residual: bool = Field(
         False, description="ResNets with random weights: let residual branches start at zero (Goyal et al. 2017)"

@@ -24,7 +24,7 @@ import torch
 from configs.errors import UserError, listed, type_and_line
 from engine.files import atomic_path, fsync_file
 from engine.progress import say
-from engine.sniff import recognise_file
+from engine.sniff import PICKLE, SAFETENSORS, TORCH, recognise_weights
 
 FORMAT = 1
 # `weights_only=True` could be bypassed before this release (CVE-2025-32434, CVE-2026-24747): with an older torch, files
@@ -33,6 +33,11 @@ SAFE_TORCH = (2, 10)
 _ZIP_MAGIC = b"PK\x03\x04"
 _FORBIDDEN_NAME = re.compile(r"GLOBAL ([\w.]{1,80})")
 _MAX_OBJECT_TYPES = 64  # a third-party file with more types of Python objects is refused
+# Types that configurations refer to, as those of OmegaConf do. Functions such as `eval` are refused with the file.
+_BUILTIN_TYPES = frozenset(
+    {"dict", "list", "tuple", "int", "float", "str", "bool", "bytes", "frozenset", "object", "type", "range", "slice"}
+)
+_TUPLE_STATES = ("numpy.", "functools.partial", "torch._C.Generator")  # beginnings of names, see `_InertValue`
 _REMEDY = "load it where it was made and save model.state_dict()"
 _NOT_RUN = f"that could run any code; nothing in it was run: {_REMEDY}"
 
@@ -134,14 +139,30 @@ class _Inert(OrderedDict[str, Any]):
         return OrderedDict()  # torch's reader sets items and attributes of these
 
 
-class _InertNumber:
-    """Stands in for a NumPy scalar, array or dtype, as `_Inert` does for other objects; their state is a tuple."""
+class _InertValue:
+    """Stands in for a NumPy scalar, array or dtype and for others whose state is a tuple, as `_Inert` for objects."""
 
-    def __new__(cls, *_: object) -> _InertNumber:
+    def __new__(cls, *_: object) -> _InertValue:
         return object.__new__(cls)
 
     def __setstate__(self, state: object) -> None:
         pass
+
+
+class _InertList(list[Any]):
+    """Stands in for a list of another class."""
+
+    def __new__(cls, *_: object) -> _InertList:
+        return list.__new__(cls)
+
+    def __init__(self, *_: object) -> None:
+        super().__init__()
+
+
+def _inert(name: str) -> type:
+    if name == "collections.deque":
+        return _InertList
+    return _InertValue if name.startswith(_TUPLE_STATES) else _Inert
 
 
 def load_external_state(path: Path, trusted: bool = False) -> dict[str, torch.Tensor]:
@@ -151,7 +172,8 @@ def load_external_state(path: Path, trusted: bool = False) -> dict[str, torch.Te
     reported and left out; none of them is executed. Raises UserError if the file contains no named tensor. Also raises
     UserError if this version of torch cannot load third-party files safely, unless the file is `trusted`.
     """
-    if path.suffix == ".safetensors":
+    what = recognise_weights(path)
+    if what == SAFETENSORS or (path.suffix == ".safetensors" and what not in (TORCH, PICKLE)):
         return _load_safetensors(path)
     if not trusted:
         _require_safe_torch(path, "upgrade to 2.10 or newer, or pass --trusted if you know where the file comes from")
@@ -171,13 +193,21 @@ def load_external_state(path: Path, trusted: bool = False) -> dict[str, torch.Te
 
 def _load_safetensors(path: Path) -> dict[str, torch.Tensor]:
     """Read a file of safetensors, which holds nothing but named tensors. Raises UserError if it is damaged."""
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         tensors = load_file(path)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{path}: not a safetensors file, or damaged ({type_and_line(error)})") from error
+    except MemoryError as error:
+        raise UserError(f"{path}: too large to load") from error
+    except Exception as error:  # a damaged or hostile file can make the reader raise anything
+        what = recognise_weights(path)
+        if not path.is_file():
+            raise UserError(f"{path}: no such checkpoint") from error
+        if what is not None and what != SAFETENSORS:
+            raise UserError(f"{path}: not a safetensors file but {what}") from error
+        raise UserError(
+            f"{path}: not a safetensors file, or damaged ({type_and_line(error)}); copy or download it again"
+        ) from error
     if not tensors or not all(name.isprintable() for name in tensors):
         raise UserError(f"{path}: holds no named tensors; choose another file of weights")
     return tensors
@@ -213,9 +243,10 @@ def _load_without_objects(path: Path) -> tuple[Any, list[str]]:
                 return _load(path, checked=bool(objects)), list(objects)
         except UserError as error:
             found = _FORBIDDEN_NAME.search(str(error.__cause__))
-            if found is None or found[1] in objects or len(objects) == _MAX_OBJECT_TYPES:
+            name = f"builtins.{found[1]}" if found and found[1] in _BUILTIN_TYPES else found and found[1]
+            if name is None or name in objects or len(objects) == _MAX_OBJECT_TYPES:
                 raise
-            objects[found[1]] = _InertNumber if found[1].startswith("numpy.") else _Inert
+            objects[name] = _inert(name)
 
 
 def _named_tensors(content: Any) -> Iterator[tuple[str, torch.Tensor]]:
@@ -258,8 +289,8 @@ def _load(path: Path, checked: bool = False) -> Any:
             raise UserError(
                 f"{path}: damaged or not a checkpoint: it ends too early; copy or download it again"
             ) from error
-        what = recognise_file(path)
-        if what is not None and "pickle" not in what and "PyTorch" not in what:
+        what = recognise_weights(path)
+        if what not in (None, PICKLE, TORCH):
             raise UserError(f"{path}: not a checkpoint but {what}") from error
         if isinstance(error, pickle.UnpicklingError):
             found = _FORBIDDEN_NAME.search(str(error))

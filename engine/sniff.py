@@ -13,6 +13,8 @@ from typing import BinaryIO
 
 HEAD_BYTES = 4096
 PICKLE = "a Python pickle"
+TORCH = "a PyTorch file"
+SAFETENSORS = "a file of safetensors"
 _SIGNATURES: tuple[tuple[bytes, str], ...] = (
     (b"version https://git-lfs.github.com", "a Git LFS pointer, not the file itself; run `git lfs pull`"),
     (b"/annex/objects/", "a git-annex pointer, not the file itself; run `git annex get`"),
@@ -29,6 +31,7 @@ _SIGNATURES: tuple[tuple[bytes, str], ...] = (
     (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an Office document; export it as plain text"),
     (b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
     (b"\x93NUMPY", "a NumPy array"),
+    (b"GGUF", "a GGUF file of a language model"),
     (b"\x89PNG\r\n\x1a\n", "a PNG image"),
     (b"\xff\xd8\xff", "a JPEG image"),
     (b"\xff\xfe", "text in UTF-16; save it as UTF-8"),
@@ -44,13 +47,17 @@ _ZIP_SIGNATURE = b"PK\x03\x04"
 _ZIPPED = (
     (b"[Content_Types].xml", "an Office document; export it as plain text"),
     (b"xl/", "an Excel workbook; export it as plain text"),
-    (b"/data.pkl", "a PyTorch file"),
+    (b"/data.pkl", TORCH),
     (b".npy", "a NumPy archive"),
 )
 _PAGE = re.compile(
     rb"\s*(<!--.{0,200}-->\s*)?<(!doctype\s+html|html|head|body|script|meta)\b", re.IGNORECASE | re.DOTALL
 )
 _PICKLE = re.compile(rb"\x80[\x02-\x05]")
+_ONNX = re.compile(rb"\x08[\x03-\x20]\x12.(pytorch|tf2onnx|onnx|skl2onnx|keras|paddle)", re.DOTALL | re.IGNORECASE)
+_SAVED_MODEL = re.compile(rb"\x08\x01\x12.{1,5}\x0a", re.DOTALL)  # schema version 1, then the first graph
+# The header of safetensors is JSON, and has its length in 8 bytes before it; the format limits that to 100 MB.
+_MAX_SAFETENSORS_HEADER = 100_000_000
 _DV = re.compile(rb"\x1f\x07\x00[\x3f\xbf]")  # start of a raw DV stream (header section of its first DIF block)
 
 
@@ -103,7 +110,24 @@ def recognise_start(head: bytes) -> str | None:
         return next((what for name, what in _ZIPPED if name in head[:HEAD_BYTES]), "a ZIP archive; unpack it")
     if _PAGE.match(head.removeprefix(b"\xef\xbb\xbf")):
         return "a web page, so its download failed; download it again, logged in if the site asks for it"
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _MAX_SAFETENSORS_HEADER:
+        return SAFETENSORS
     return PICKLE if _PICKLE.match(head) else None
+
+
+def recognise_weights(path: Path) -> str | None:
+    """Describe a file of weights as `recognise_file` does, including formats of other frameworks."""
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(HEAD_BYTES)
+    except OSError:
+        return None
+    convert = "; convert it to a state dict of PyTorch where the program it belongs to is installed"
+    if _ONNX.match(head):
+        return f"an ONNX model{convert}"
+    if head[4:8] == b"TFL3" or _SAVED_MODEL.match(head) or ".ckpt" in path.stem:
+        return f"a file of TensorFlow{convert}"
+    return recognise_file(path)
 
 
 def _text(head: bytes) -> str | None:

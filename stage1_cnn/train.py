@@ -110,7 +110,7 @@ def train_cnn(
     processes.from_first(stage.open)  # not earlier, so that settings that do not allow training leave no folder behind
     processes.from_first(lambda: record_training(stage.path, inherited, readable.index))
     if cnn.weights == "cached":
-        say(f"initial weights: {settled_weights(cnn)} (cnn.weights=cached: ImageNet's where this machine has them)")
+        say(f"initial weights: {settled_weights(cnn)} (cnn.weights=cached: published ones where this machine has them)")
     train_net(stage.path, net, config, data, accelerator, processes)
     return processes.from_first(lambda: _finish(stage, config, data, precision))
 

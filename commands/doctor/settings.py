@@ -49,7 +49,13 @@ def diagnose(load: Callable[[], Config]) -> Iterator[Finding]:
         yield Finding("FAIL", "settings", f"cannot be read ({type_and_line(error)})", "see the packages below")
     else:
         yield Finding("ok", "settings", "read")
-        of_settings = {"device": check_device, "weights": check_weights, "data": check_data, "folders": check_folders}
+        of_settings = {
+            "device": check_device,
+            "encoder": check_encoder,
+            "weights": check_weights,
+            "data": check_data,
+            "folders": check_folders,
+        }
         checks += [(what, partial(check, config)) for what, check in of_settings.items()]
     for what, check in (*machine_checks(), *checks):
         yield from examined(what, check)
@@ -191,22 +197,61 @@ def step_gib(frames: int, precision: str, crop_px: Size, checkpointing: bool) ->
     return 1.7 + frames * per_frame * math.prod(height_width(crop_px)) / 224**2
 
 
+def check_encoder(config: Config) -> Iterable[Finding]:
+    """Check that the backbone can be built and takes the frames of these settings; say what it is and its licence."""
+    import torch
+
+    from configs.encoder_spec import find_description
+    from features.frames.settings_match import frames_note, preprocess_words
+    from stage1_cnn.encoders.backbone import bare_backbone, require_image_size
+
+    name, size = config.cnn.backbone, config.preprocess.crop_px
+    try:
+        with torch.device("meta"):  # shapes are computed, and nothing else
+            backbone = bare_backbone(name)
+            require_image_size(backbone, size)
+    except UserError as error:
+        if not isinstance(error.__cause__, NotImplementedError):
+            yield Finding("FAIL", "encoder", str(error))
+            return
+        dimension = "embeddings of unknown dimension"
+    except NotImplementedError:  # a network that cannot be built, or computed, without memory
+        dimension = "embeddings of unknown dimension"
+    else:
+        dimension = f"embeddings of dimension {backbone.embedding_dim}"
+    found = f"{name}, {dimension}; {frames_note(config) or f'frames {preprocess_words(config.preprocess)}'}"
+    described = find_description(name)
+    if described is not None and described.weights is not None:
+        found += f"; licence of its weights: {described.weights.licence}"
+    yield Finding("ok", "encoder", found)
+
+
 def check_weights(config: Config) -> Iterable[Finding]:
     """Check whether the backbone's initial weights are on this machine. Nothing is downloaded."""
-    from stage1_cnn.encoders.pretrained import published_weights, settled_weights, weights_file
+    from configs.encoder_spec import find_description
+    from stage1_cnn.encoders.pretrained import (
+        PUBLISHED,
+        published_weights,
+        release_note,
+        settled_weights,
+        weights_file,
+    )
 
     cnn = config.cnn
     try:
         weights = settled_weights(cnn)
         path = None if weights == "random" else weights_file(cnn.backbone, weights, config.runs)
-        trained_on = f", {published_weights(cnn.backbone).trained_on}" if weights == "imagenet" else ""
+        about = published_weights(cnn.backbone).trained_on if weights == PUBLISHED else ""
+        if path is not None and path.is_file() and find_description(cnn.backbone) is not None:
+            about = release_note(cnn.backbone, path)
     except UserError as error:
         yield Finding("FAIL", "weights", str(error))
         return
     if path is None:
         yield Finding("ok", "weights", f"{cnn.backbone} starts from random weights (cnn.weights={cnn.weights})")
     elif path.is_file():
-        yield Finding("ok", "weights", f"{path} ({path.stat().st_size / 1e6:,.0f} MB{trained_on})")
+        size = f"{path.stat().st_size / 1e6:,.0f} MB"
+        yield Finding("ok", "weights", f"{path} ({', '.join(filter(None, (size, about)))})")
     else:
         found = f"{path} does not exist; it is downloaded when it is first needed"
         to_do = "without internet access, copy the file there, or set cnn.weights=FILE or cnn.weights=random"

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from configs.encoder_spec import own_preprocess
 from configs.errors import UserError
 from configs.load import GivenKeys
-from configs.schema import Config, PreprocessConfig
+from configs.schema import Config, PreprocessConfig, Size, height_width
 from features.frames.preprocess import preprocess_from_json
 
 
@@ -37,6 +38,38 @@ def require_features_of(encoder: Mapping[str, Any], config: Config, given: Given
     made = _of_preprocess(net) | {"data.fps": float(encoder["fps"]), "cnn.backbone": encoder["backbone"]}
     in_set = GivenKeys(given.by_set)
     _require_same(made, config, in_set, path, ("its features were made with", "run extract with it"))
+
+
+def preprocess_words(config: PreprocessConfig) -> str:
+    """How frames are prepared, in words."""
+    if config.short_side_px is None:
+        resized = f"resized to {_width_height(config.resize_px)}"
+    else:
+        kept = _width_height(config.resize_px)
+        resized = f"resized to {config.short_side_px} on the shorter side, of which the centre {kept} is kept"
+    crop = f", cropped to {_width_height(config.crop_px)}" if config.crop_px != config.resize_px else ""
+    mean, std = (", ".join(f"{value:g}" for value in values) for values in (config.mean, config.std))
+    return f"{resized} ({config.interpolation}){crop}; mean {mean}, standard deviation {std}"
+
+
+def _width_height(size: Size) -> str:
+    height, width = height_width(size)
+    return f"{width} x {height}"
+
+
+def frames_note(config: Config) -> str | None:
+    """One line on how frames are prepared for a described encoder, and whether that is as it was trained, else None."""
+    own = own_preprocess(config.cnn.backbone)
+    if not own:
+        return None
+    name, used = config.cnn.backbone, config.preprocess
+    stated = PreprocessConfig.model_validate({**own, "cut_margin": used.cut_margin})
+    differing = [key for key in type(used).model_fields if getattr(used, key) != getattr(stated, key)]
+    if not differing:
+        return f"frames for {name}: {preprocess_words(used)}, as its description states"
+    given = ", ".join(f"preprocess.{key}={_plain(getattr(used, key))}" for key in differing)
+    theirs = ", ".join(str(_plain(getattr(stated, key))) for key in differing)
+    return f"note: frames are prepared with {given}; {name} was trained with {theirs}"
 
 
 def _of_preprocess(preprocess: PreprocessConfig) -> dict[str, Any]:

@@ -14,9 +14,18 @@ from configs.schema import Config, Size, height_width
 from engine.checkpoints import load_external_state
 from engine.progress import say
 from stage1_cnn.encoders.layers import layers_until
-from stage1_cnn.encoders.pretrained import fetch, published_weights, settled_weights, weights_file
+from stage1_cnn.encoders.pretrained import (
+    PUBLISHED_WORDS,
+    fetch,
+    is_release_file,
+    published_weights,
+    release_note,
+    settled_weights,
+    weights_file,
+)
 from stage1_cnn.encoders.registry import find_encoder
-from stage1_cnn.encoders.weights import describe_match, find_weights
+from stage1_cnn.encoders.suggestions import suggestion
+from stage1_cnn.encoders.weights import NoMatchError, describe_match, find_weights
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -162,33 +171,53 @@ def require_image_size(backbone: Backbone, size_px: Size) -> None:
 def build_backbone(name: str, weights: str, seed: int, *, trusted: bool = False, runs: Path = Path("runs")) -> Backbone:
     """Build the backbone of the registry entry `name`, with weights.
 
-    `weights` is `imagenet` (the weights that the registry entry names), `random` (which depend on `seed` alone),
-    `run:NAME` (`<runs>/NAME/cnn/best.pt`), or a file with a state dict, whose names may have any prefix (see
-    `find_weights`); which tensors of a file were used is printed. With `trusted` a file is loaded even if torch is too
-    old to load it safely. Raises UserError naming the choices if the weights are missing, or the tensors that do not
-    fit.
+    `weights` is `published` or `imagenet` (the weights that the registry entry names), `random` (which depend on `seed`
+    alone), `run:NAME` (`<runs>/NAME/cnn/best.pt`), or a file with a state dict, whose names may have any prefix (see
+    `find_weights`); which tensors of a file were used, and whether it is the release's, is printed. With `trusted` a
+    file is loaded even if torch is too old to load it safely. Raises UserError naming the choices if the weights are
+    missing, or the tensors that do not fit.
     """
     entry = find_encoder(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net, dim = entry.build(), entry.embedding_dim
-        removed = entry.removed(net) if entry.removed is not None else ()
-        backbone = Backbone(name, net, dim(net) if callable(dim) else dim, entry.forward, removed)
+        backbone = bare_backbone(name)
     if weights == "random":
         return backbone
-    if weights == "imagenet":
+    release = is_release_file(name, weights)
+    if weights in PUBLISHED_WORDS and not release:
         fetch(name, published_weights(name))
     path = weights_file(name, weights, runs)
-    # Published weights, and those of an earlier run, need no `trusted`.
-    known = weights == "imagenet" or weights.startswith("run:")
+    # Weights that this program downloads, those of packages, and those of an earlier run need no `trusted`.
+    known = (weights in PUBLISHED_WORDS and not release) or weights.startswith("run:")
     tensors = load_external_state(path, trusted or known)
     if entry.rename is not None:
         tensors = {entry.rename(key): tensor for key, tensor in tensors.items()}
-    found = find_weights(backbone.net, backbone.removed, tensors, name, path, entry.layouts)
+    try:
+        found = find_weights(backbone.net, backbone.removed, tensors, name, path, entry.layouts)
+    except NoMatchError as error:
+        raise UserError(f"{error}{suggestion(tensors, path, _net_and_removed)}") from error
     backbone.net.load_state_dict({**backbone.net.state_dict(), **found.state})
     if not known:
-        say(f"{path}: {describe_match(found, tensors, name)}")
+        notes = [describe_match(found, tensors, name), release_note(name, path)]
+        say(f"{path}: {'; '.join(filter(None, notes))}")
     return backbone
+
+
+def bare_backbone(name: str) -> Backbone:
+    """The backbone of the registry entry `name` with random weights, drawn from torch's global generator.
+
+    Under `torch.device("meta")` it has shapes only, which is enough to describe it; some networks cannot be built so,
+    and raise NotImplementedError.
+    """
+    entry = find_encoder(name)
+    net, dim = entry.build(), entry.embedding_dim
+    removed = entry.removed(net) if entry.removed is not None else ()
+    return Backbone(name, net, dim(net) if callable(dim) else dim, entry.forward, removed)
+
+
+def _net_and_removed(name: str) -> tuple[nn.Module, tuple[str, ...]]:
+    backbone = bare_backbone(name)
+    return backbone.net, backbone.removed
 
 
 def initial_backbone(config: Config, *, trusted: bool = False) -> Backbone:

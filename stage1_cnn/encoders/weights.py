@@ -20,8 +20,17 @@ _WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoi
 # Prefixes of the encoder that is not loaded if a file has two: a running average or momentum encoder beside the trained
 # one; a student beside its teacher, since DINO and similar methods evaluate the teacher.
 _SECOND = re.compile(r"(?:^|[._])(?:ema|k|key|momentum|target|averaged|student)(?=[._])")
+_UNKNOWN = " is unknown"
 # The usual prefixes of a backbone: in published files, in this project's checkpoints and in those of MTRCNet.
 _USUAL = re.compile(r"(?:state_dict\.)?(?:model\.)?(?:module\.)?(?:backbone\.net\.|net\.|share\.)?")
+
+
+class NoMatchError(UserError):
+    """A file does not hold all weights of the net."""
+
+
+class SeveralMatchesError(UserError):
+    """A file holds several sets of weights of the net, none of which is the usual one."""
 
 
 class Found(NamedTuple):
@@ -73,13 +82,18 @@ def find_weights(
     if found := [one for search in searches for one in search.found]:
         return choose(found, what, source)
     closest = max(searches, key=lambda search: search.hits)
+    raise NoMatchError(f"{source}: does not hold weights of {what} ({_mismatch(closest, len(wanted), tensors)})")
+
+
+def _mismatch(closest: _Search, expected: int, tensors: Mapping[str, Tensor]) -> str:
+    """What came nearest to the `expected` number of tensors, what is wrong with it, and what the file has instead."""
     problems, start = closest.problems, closest.start
     where, more = f"under `{start}`: " if start else "", f" and {len(problems) - 1} more" if problems[1:] else ""
     named = "" if closest.layout is OWN else f"named as {closest.layout.title}, "
-    first = ", ".join(name[:60] for name in list(tensors)[:3])
-    raise UserError(
-        f"{source}: does not hold weights of {what} ({named}{where}{problems[0]}{more}; the file has {first}, ...)"
-    )
+    fitting = expected - sum(not problem.endswith(_UNKNOWN) for problem in problems)
+    share = f"{fitting} of {expected} tensors fit" if closest.hits > expected // 4 else f"{expected} tensors expected"
+    first = ", ".join(name[:60] for name in list(tensors)[:3]) + (", ..." if len(tensors) > 3 else "")
+    return f"{named}{where}{problems[0]}{more}; {share}; the file has {first}"
 
 
 def _search(
@@ -123,7 +137,7 @@ def choose(found: Sequence[Found], what: str, source: Path) -> Found:
             distinct.append(one)
     best, *rest = sorted(distinct, key=lambda one: one.rank)
     if rest and rest[0].rank == best.rank:
-        raise UserError(
+        raise SeveralMatchesError(
             f"{source}: holds {what} twice, with different values, under `{best.place}` and "
             f"`{rest[0].place}`; load it where it was made and save only one of them"
         )
@@ -219,10 +233,14 @@ def misfits(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[s
             problems.append(f"{name} is {_shape(found[name])}, not {_shape(tensor)}")
         elif found[name].is_floating_point() != tensor.is_floating_point() or found[name].layout != torch.strided:
             problems.append(f"{name} is {found[name].dtype}")
-        elif not torch.isfinite(found[name]).all():
+        elif not torch.isfinite(_in_common_type(found[name])).all():
             problems.append(f"{name} holds values that are not finite")
-    problems.extend(f"{name} is unknown" for name in found if name not in wanted)
+    problems.extend(f"{name}{_UNKNOWN}" for name in found if name not in wanted)
     return problems
+
+
+def _in_common_type(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.element_size() == 1 and tensor.is_floating_point() else tensor  # 8-bit floats
 
 
 def _shape(tensor: Tensor) -> str:

@@ -119,11 +119,11 @@ def test_an_entry_may_end_in_its_embedding_and_bring_its_weights(tmp_path: Path)
     assert settled_weights(CnnConfig(backbone="own", weights="cached")) == "random"
     state = {f"old.{name}": tensor + 1 for name, tensor in backbone.net.state_dict().items()}
     torch.save(state, published.path)
-    assert settled_weights(CnnConfig(backbone="own", weights="cached")) == "imagenet"
+    assert settled_weights(CnnConfig(backbone="own", weights="cached")) == "published"
     assert torch.equal(build_backbone("own", "imagenet", 0).net[3].bias, backbone.net[3].bias + 1)
     ENCODERS.register("bare", EncoderEntry(build, 4))
     assert settled_weights(CnnConfig(backbone="bare", weights="cached")) == "random"
-    with pytest.raises(UserError, match=r"cnn.backbone=bare: has no ImageNet weights; set cnn.weights=random"):
+    with pytest.raises(UserError, match=r"cnn.backbone=bare: has no published weights; set cnn.weights=random"):
         build_backbone("bare", "imagenet", 0)
     ENCODERS.register("wide", EncoderEntry(build, 5))
     with pytest.raises(UserError, match=r"cnn.backbone=wide gives \(1, 4\) for one image, not \(1, 5\)"):
@@ -257,7 +257,7 @@ def test_files_that_are_no_weights(tmp_path: Path) -> None:
     path.write_bytes(b"not a checkpoint")
     with pytest.raises(UserError, match=str(path)):
         build_backbone(SMALL, str(path), 0, trusted=True)
-    with pytest.raises(UserError, match=r"nowhere.pth: no such file; choose imagenet"):
+    with pytest.raises(UserError, match=r"nowhere.pth: no such file; choose published"):
         build_backbone(SMALL, "nowhere.pth", 0)
     with pytest.raises(UserError, match=r"earlier.cnn.best.pt: no such checkpoint"):
         build_backbone(SMALL, "run:earlier", 0, runs=tmp_path)
@@ -313,7 +313,7 @@ def test_cached_weights_are_imagenets_only_where_they_are_here(tmp_path: Path, m
     assert settled_weights(cnn) == "random"
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "resnet18-f37072fd.pth").touch()
-    assert settled_weights(cnn) == "imagenet"
+    assert settled_weights(cnn) == "published"
     assert settled_weights(CnnConfig(weights="random")) == "random"
 
 

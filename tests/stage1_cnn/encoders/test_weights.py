@@ -161,7 +161,7 @@ def test_children_by_number_of_another_net_too(tmp_path: Path) -> None:
         (lambda w, o: {"a": w, "b": o}, "holds small twice, with different values, under `a.` and `b.`; load it where"),
         (
             lambda w, o: {"x": {n: t for n, t in w.items() if n != "bn1.weight"}},
-            "does not hold weights of small (under `x.`: bn1.weight is missing; the file has x.conv1.weight",
+            "does not hold weights of small (under `x.`: bn1.weight is missing; 27 of 28 tensors fit; the file has x.",
         ),
         (
             lambda w, o: {"a": {n: t for n, t in w.items() if n[5] == "1"}, "b": o["conv1.weight"]},
@@ -169,11 +169,11 @@ def test_children_by_number_of_another_net_too(tmp_path: Path) -> None:
         ),
         (
             lambda w, o: {**under("net.", w), "net.layer1.0.se.weight": torch.zeros(1)},
-            "(under `net.`: layer1.0.se.weight is unknown; the file has net.conv1.weight",
+            "(under `net.`: layer1.0.se.weight is unknown; 28 of 28 tensors fit; the file has net.conv1.weight",
         ),
         (
             lambda w, o: under("backbone.", {**w, "conv1.weight": torch.zeros(4, 3, 3, 3)}),
-            "(under `backbone.`: conv1.weight is 4x3x3x3, not 4x3x7x7; the file",
+            "(under `backbone.`: conv1.weight is 4x3x3x3, not 4x3x7x7; 27 of 28 tensors fit; the file",
         ),
     ],
 )
