@@ -12,7 +12,7 @@ from typing import Any
 
 from configs.encoder_files import FOLDER_VARIABLE, find_release, release_folders, where_to_get
 from configs.encoder_spec import TIMM, EncoderDescription, described_encoders, find_description, split_pooling
-from configs.errors import UserError, one_line
+from configs.errors import UserError, listed, one_line
 
 WIDTH = 110
 _COLUMNS = ("name", "dim", "image", "parameters", "weights here", "licence", "has seen", "encoder")
@@ -47,12 +47,16 @@ def encoder_rows() -> list[tuple[str, ...]]:
                     "x".join(map(str, crop)) if isinstance(crop, list | tuple) else str(crop),
                     f"{description.parameters / 1e6:.1f} M" if description.parameters else "",
                     "yes" if _weights_here(description) else "no",
-                    weights.licence if weights is not None else "",
-                    ", ".join(description.pretrained_on),
-                    description.title,
+                    _short(weights.licence, 24) if weights is not None else "",
+                    listed(list(description.pretrained_on), 1),
+                    _short(description.title, 60),
                 )
             )
     return rows
+
+
+def _short(text: str, width: int) -> str:
+    return textwrap.shorten(text, width, placeholder=" ...")
 
 
 def other_encoders() -> list[str]:
