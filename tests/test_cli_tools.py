@@ -17,16 +17,16 @@ from tests.test_cli import SETTINGS, refuse
 
 SPEC = load_dataset("cholec80")
 FROZEN = ["--config", "frozen.yaml"]
-SIMULATE = ["--seed", "1", "--fps", "5", "--width", "96", "--height", "96", "--speed-up", "60"]
+SIMULATE = ["--seed", "1", "--fps", "5", "--width", "96", "--height", "96", "--speed-up", "100"]
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which `run` has finished with an encoder that was not trained; four simulated operations."""
+    """A folder in which `run` has finished with an encoder that was not trained; three simulated operations."""
     folder = tmp_path_factory.mktemp("frozen")
-    succeed(["simulate", "data", "--videos", "4", *SIMULATE], folder)
+    succeed(["simulate", "data", "--videos", "3", *SIMULATE], folder)
     tree = json.loads(json.dumps(SETTINGS))
-    tree["data"] |= {"root": str(folder / "data"), "split": {"rule": "2/1/1"}}
+    tree["data"] |= {"root": str(folder / "data"), "split": {"rule": "1/1/1"}}
     tree["cnn"] |= {"backbone": "shufflenet_v2_x0_5"}  # whose random weights tell frames apart
     tree["extract"] |= {"encoder": "initial"}
     tree["temporal"] |= {"epochs": 1, "baseline": False}
@@ -48,7 +48,7 @@ def test_run_reports_map_of_a_frozen_encoder(place: Path) -> None:
     metrics = json.loads((folder / "evaluate/test/metrics.json").read_text())
     assert metrics["tools"]["map_pooled"] == pytest.approx(100 * summary["tool_map"])
     assert (metrics["tool_probe"]["c"], metrics["tool_probe"]["val_map"]) == (result["c"], result["val_map"])
-    found = read_prediction_csv(folder / "evaluate/test/predictions/video04.csv", SPEC)
+    found = read_prediction_csv(folder / "evaluate/test/predictions/video03.csv", SPEC)
     assert found.tool_probabilities is not None
     assert "recognised by the linear probe" in (place / "printed.txt").read_text()
     card = (folder / "MODEL_CARD.md").read_text()
@@ -66,10 +66,10 @@ def test_again_nothing_is_trained(place: Path) -> None:
 
 def test_predict_recognises_tools_of_new_videos(place: Path) -> None:
     new = place / "new.mp4"
-    shutil.copyfile(next((place / "data").rglob("video04.mp4")), new)
+    shutil.copyfile(next((place / "data").rglob("video03.mp4")), new)
     succeed(["predict", *FROZEN, new, "--out", "predicted"], place)
     found = read_prediction_csv(place / "predicted/new.csv", SPEC)
-    known = read_prediction_csv(place / "runs/frozen/evaluate/test/predictions/video04.csv", SPEC)
+    known = read_prediction_csv(place / "runs/frozen/evaluate/test/predictions/video03.csv", SPEC)
     np.testing.assert_allclose(found.tool_probabilities, known.tool_probabilities, atol=2e-5)
     assert "tools" in json.loads((place / "predicted/new.json").read_text())["made_by"]
 
