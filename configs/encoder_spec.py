@@ -22,6 +22,11 @@ TIMM = "timm:"  # prefix of the names of timm's networks
 Pooling = Literal["token", "mean", "both"]
 POOLINGS: tuple[Pooling, ...] = ("token", "mean", "both")
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
+_TIMM_NAME = re.compile(r"[A-Za-z0-9]\w*(\.[\w-]+)?", re.ASCII)  # no path and no `hf-hub:`, which timm would download
+# timm's modules of networks whose tokens, after the class token, can be pooled in other ways
+_WITH_TOKENS = ("vision_transformer", "deit", "eva", "vision_transformer_hybrid", "beit", "cait", "convit", "xcit")
+# and of those that interpolate their position embeddings
+_INTERPOLATING = ("vision_transformer", "deit", "eva", "vision_transformer_hybrid")
 
 
 class _Strict(BaseModel):
@@ -99,23 +104,36 @@ def own_preprocess(name: str) -> dict[str, Any]:
 def _of_timm(network: str) -> EncoderDescription | None:
     """The description of timm's network `NAME` or `NAME.TAG`, whose tag stands for one release of weights."""
     try:
-        from timm.models import get_pretrained_cfg, is_model
+        from timm.models import get_pretrained_cfg, is_model, is_model_in_modules
     except ImportError:
+        return None
+    if not _TIMM_NAME.fullmatch(network):
         return None
     try:
         config = get_pretrained_cfg(network, allow_unregistered=False)
     except RuntimeError:  # there is no such tag
         return None
-    if config is None or not is_model(network.partition(".")[0]):
+    if config is None or not is_model(network):
         return None
     return EncoderDescription(
         title=f"{network} of timm",
         family="timm",
         network=network,
+        poolings=POOLINGS if is_model_in_modules(network, _WITH_TOKENS) else (),
         preprocess=_preprocess_of_timm(config),
         preprocess_from="timm's configuration of these weights",
         source=str(config.paper_name or "timm"),
+        notes=_notes_of_timm(config, is_model_in_modules(network, _INTERPOLATING)),
     )
+
+
+def _notes_of_timm(config: Any, interpolating: bool) -> tuple[str, ...]:
+    size = "x".join(map(str, config.input_size[1:]))
+    if not config.fixed_input_size:
+        return ()
+    if interpolating:
+        return (f"position embeddings, if it has them, are those of {size} pixels and interpolated to other sizes",)
+    return (f"made for images of {size} pixels",)
 
 
 def _preprocess_of_timm(config: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
+from configs.encoder_spec import own_preprocess
 from configs.errors import UserError, one_line
 from configs.schema import Config, Size, height_width
 from engine.checkpoints import load_external_state
@@ -144,10 +145,13 @@ def freeze_until(backbone: Backbone, name: str) -> None:
 
 
 def require_image_size(backbone: Backbone, size_px: Size) -> None:
-    """Raise UserError if the network does not accept images of `size_px`.
+    """Raise UserError if the network does not accept images of `size_px`. Print what it changes to accept them, if so.
 
-    They may be too small for it, and transformers have a fixed size.
+    They may be too small for it, and some transformers have a fixed size.
     """
+    about_size = find_encoder(backbone.name).about_size
+    if about_size is not None and (note := about_size(backbone.net, *height_width(size_px))) is not None:
+        say(f"{backbone.name}: {note}")
     training = backbone.training
     device = next(backbone.parameters()).device
     try:
@@ -156,7 +160,7 @@ def require_image_size(backbone: Backbone, size_px: Size) -> None:
     except (RuntimeError, AssertionError, ValueError) as error:
         raise UserError(
             f"cnn.backbone={backbone.name} cannot take images of preprocess.crop_px={size_px} "
-            f"({one_line(error)}); most nets take 224"
+            f"({one_line(error)}); {_usual_size(backbone.name)}"
         ) from error
     finally:
         backbone.train(training)
@@ -166,6 +170,11 @@ def require_image_size(backbone: Backbone, size_px: Size) -> None:
             f"cnn.backbone={backbone.name} gives {shape} for one image, not (1, {backbone.embedding_dim}); correct "
             "embedding_dim of its registry entry, or its forward"
         )
+
+
+def _usual_size(name: str) -> str:
+    size = own_preprocess(name).get("crop_px")
+    return "most nets take 224" if size is None else f"its own size is {size}"
 
 
 def build_backbone(name: str, weights: str, seed: int, *, trusted: bool = False, runs: Path = Path("runs")) -> Backbone:

@@ -39,7 +39,10 @@ class Layout:
         return {self.release_name(name): tensor for name, tensor in own.items()}
 
     def converted(self, found: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The network's state dict, under its own names, from the tensors of the release that `expected` names."""
+        """The network's state dict, under its own names, from the tensors of the release that `expected` names.
+
+        May raise ValueError saying why the network cannot compute what these tensors do.
+        """
         return {name: found[there] for name in own if (there := self.release_name(name)) in found}
 
 

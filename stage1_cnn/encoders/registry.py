@@ -59,7 +59,8 @@ class EncoderEntry:
     `pretrained` is called only when ImageNet weights are requested, and raises UserError if a package is missing.
     `rename` converts the names of tensors in published state dicts to the network's own names; `layouts` do so for
     releases that name and shape tensors in another way than the network. `removed` returns the names of the layers that
-    published files have and the network has not, such as a classifier.
+    published files have and the network has not, such as a classifier. `about_size` returns what to tell the user about
+    images of a height and width, if anything, and raises UserError if the network cannot take them.
     """
 
     build: Callable[[], nn.Module]
@@ -69,6 +70,7 @@ class EncoderEntry:
     layouts: tuple[Layout, ...] = ()
     forward: Callable[[nn.Module, Tensor], Tensor] | None = None
     removed: Callable[[nn.Module], tuple[str, ...]] | None = None
+    about_size: Callable[[nn.Module, int, int], str | None] | None = None
 
 
 ENCODERS: Registry[EncoderEntry] = Registry("encoder", "surgstage.encoders")
@@ -103,5 +105,7 @@ def _refuse_timm(name: str) -> NoReturn:
     except ImportError as error:
         raise UserError(f"cnn.backbone={name}: needs a package; in the checkout: pip install -e '.[timm]'") from error
     network = name.removeprefix(TIMM)
+    if (new := timm.models.get_deprecated_models().get(network)) is not None:
+        raise UserError(f"cnn.backbone={name}: timm {timm.__version__} calls this network {new}; use {TIMM}{new}")
     near = did_you_mean(network, [*timm.list_models(), *timm.list_pretrained()])
     raise UserError(f"cnn.backbone={name}: timm {timm.__version__} has no network {network}{near}")

@@ -21,6 +21,8 @@ _WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoi
 # one; a student beside its teacher, since DINO and similar methods evaluate the teacher.
 _SECOND = re.compile(r"(?:^|[._])(?:ema|k|key|momentum|target|averaged|student)(?=[._])")
 _UNKNOWN = " is unknown"
+# Tokens that transformers compute with beside those of the patches: a net without them is another one.
+_TOKENS = re.compile(r"(?:reg|register|storage|dist)_tokens?")
 # The usual prefixes of a backbone: in published files, in this project's checkpoints and in those of MTRCNet.
 _USUAL = re.compile(r"(?:state_dict\.)?(?:model\.)?(?:module\.)?(?:backbone\.net\.|net\.|share\.)?")
 
@@ -81,7 +83,7 @@ def find_weights(
     searches = [_search(net, wanted, layout, removed, tensors) for layout in (OWN, *layouts)]
     if found := [one for search in searches for one in search.found]:
         return choose(found, what, source)
-    closest = max(searches, key=lambda search: search.hits)
+    closest = max(searches, key=lambda search: (search.hits, -len(search.problems)))
     raise NoMatchError(f"{source}: does not hold weights of {what} ({_mismatch(closest, len(wanted), tensors)})")
 
 
@@ -113,20 +115,28 @@ def _search(
                 inside = _inside(state, wanted, removed, layout)
                 problems = misfits(wanted, inside)
                 if not problems:
+                    state, problems = _converted(inside, own, layout)
+                if not problems:
                     first = next(name for name in under if _renamed(name, back) in wanted)
                     taken = frozenset(origins[name] for name in inside)
                     place = under[first].removesuffix(first)
-                    found.append(Found(place, inside, bool(children), layout=layout.title, origins=taken))
+                    found.append(Found(place, state, bool(children), layout=layout.title, origins=taken))
                 elif hits > closest[0]:
                     closest = (hits, start, problems)
-    if layout is not OWN:
-        found = [one._replace(state=_converted(one.state, own, layout)) for one in found]
     return _Search(found, *closest, layout)
 
 
-def _converted(found: Mapping[str, Tensor], own: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
-    state = layout.converted(found, own)
-    return {name: fit_shape(tensor, own[name]) for name, tensor in state.items()}
+def _converted(
+    found: dict[str, Tensor], own: Mapping[str, Tensor], layout: Layout
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors under the net's own names, and the reason why they cannot be converted, if there is one."""
+    if layout is OWN:
+        return found, []
+    try:
+        state = layout.converted(found, own)
+    except ValueError as error:
+        return {}, [str(error)]
+    return {name: fit_shape(tensor, own[name]) for name, tensor in state.items()}, []
 
 
 def choose(found: Sequence[Found], what: str, source: Path) -> Found:
@@ -188,9 +198,12 @@ def _renamed(name: str, children: Mapping[str, str]) -> str:
 
 
 def _unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Names without the parts that wrappers inserted, mapped to the original names; empty if two become equal."""
+    """Names without the parts that wrappers inserted, mapped to the original names; empty if two become equal.
+
+    Also empty if there are no such parts.
+    """
     short = {".".join(part for part in name.split(".") if part not in _WRAPPERS): name for name in tensors}
-    return short if len(short) == len(tensors) else {}
+    return short if len(short) == len(tensors) and short.keys() != tensors.keys() else {}
 
 
 def _inside(
@@ -202,7 +215,9 @@ def _inside(
     return {
         name: tensor if layout is OWN or name not in wanted else fit_shape(tensor, wanted[name])
         for name, tensor in state.items()
-        if name.partition(".")[0] in children and not name.startswith(without) and not layout.ignores(name)
+        if (name.partition(".")[0] in children or _TOKENS.fullmatch(name))
+        and not name.startswith(without)
+        and not layout.ignores(name)
     }
 
 
@@ -233,14 +248,15 @@ def misfits(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[s
             problems.append(f"{name} is {_shape(found[name])}, not {_shape(tensor)}")
         elif found[name].is_floating_point() != tensor.is_floating_point() or found[name].layout != torch.strided:
             problems.append(f"{name} is {found[name].dtype}")
-        elif not torch.isfinite(_in_common_type(found[name])).all():
-            problems.append(f"{name} holds values that are not finite")
     problems.extend(f"{name}{_UNKNOWN}" for name in found if name not in wanted)
-    return problems
+    if problems:  # reading all values takes long
+        return problems
+    return [f"{name} holds values that are not finite" for name, tensor in found.items() if not _is_finite(tensor)]
 
 
-def _in_common_type(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.element_size() == 1 and tensor.is_floating_point() else tensor  # 8-bit floats
+def _is_finite(tensor: Tensor) -> bool:
+    small = tensor.element_size() == 1 and tensor.is_floating_point()  # 8-bit floats
+    return bool(torch.isfinite(tensor.float() if small else tensor).all())
 
 
 def _shape(tensor: Tensor) -> str:

@@ -19,6 +19,9 @@ from configs.errors import UserError, one_line
 from stage1_cnn.encoders.layout import Layout
 from stage1_cnn.encoders.registry import FAMILIES, EncoderEntry, Pretrained
 
+# Computes embeddings (N, D) of images (N, 3, S, S) with a network.
+Embed = Callable[[nn.Module, Tensor], Tensor]
+
 
 def build_timm(network: str, **options: Any) -> nn.Module:
     """timm's `network` without a classifier, with random weights.
@@ -42,6 +45,14 @@ def build_timm(network: str, **options: Any) -> nn.Module:
     return net
 
 
+def build_with_class_token(network: str, **options: Any) -> nn.Module:
+    """The same for a transformer whose tokens are pooled here. Raises UserError if it has no class token."""
+    net = build_timm(network, global_pool="token", **options)
+    if getattr(net, "cls_token", None) is None or not getattr(net, "num_prefix_tokens", 0):
+        raise UserError(f"{TIMM}{network}: has no class token, so that @token, @mean and @both do not apply")
+    return net
+
+
 def embedding_dim(net: nn.Module, pooling: Pooling | None = None) -> int:
     """The dimension of the embeddings of a network of timm that has no classifier."""
     dim = int(getattr(net, "head_hidden_size", None) or net.num_features)  # type: ignore[arg-type]
@@ -50,8 +61,8 @@ def embedding_dim(net: nn.Module, pooling: Pooling | None = None) -> int:
 
 def classifier(net: nn.Module) -> tuple[str, ...]:
     """The names of the classifier's layers, which are part of published files."""
-    named = net.pretrained_cfg["classifier"]  # type: ignore[index]
-    return tuple(named) if isinstance(named, list | tuple) else (str(named),)
+    named = net.pretrained_cfg.get("classifier") or ()  # type: ignore[operator, union-attr]
+    return (named,) if isinstance(named, str) else tuple(named)
 
 
 def pool_tokens(net: nn.Module, images: Tensor, pooling: Pooling) -> Tensor:
@@ -60,15 +71,48 @@ def pool_tokens(net: nn.Module, images: Tensor, pooling: Pooling) -> Tensor:
     They are the class token, the mean of the patch tokens, or both in this order: (N, D) or (N, 2 D).
     """
     tokens = net.forward_features(images)  # type: ignore[operator]  # (N, prefix + patches, D)
-    token, mean = tokens[:, 0], tokens[:, net.num_prefix_tokens :].mean(dim=1)  # (N, D)
-    return {"token": lambda: token, "mean": lambda: mean, "both": lambda: torch.cat([token, mean], dim=1)}[pooling]()
+    return join_poolings(tokens[:, 0], tokens[:, net.num_prefix_tokens :].mean(dim=1), pooling)
+
+
+def join_poolings(token: Tensor, mean: Tensor, pooling: Pooling) -> Tensor:
+    """The class token (N, D), the mean of the patch tokens (N, D), or both in this order (N, 2 D)."""
+    return {"token": token, "mean": mean}[pooling] if pooling != "both" else torch.cat([token, mean], dim=1)
+
+
+def about_size(net: nn.Module, height: int, width: int) -> str | None:
+    """What to tell the user about images of this size: that position embeddings are interpolated, or nothing.
+
+    Raises UserError if the patches of a vision transformer do not divide the size.
+    """
+    patches = getattr(net, "patch_embed", None)
+    if patches is None or not getattr(net, "dynamic_img_size", False):
+        return None
+    step = int(patches.feat_ratio())  # pixels per patch
+    if height % step or width % step:
+        near = " and ".join(str(step * (height // step + more)) for more in (0, 1) if height >= step or more)
+        raise UserError(
+            f"preprocess.crop_px={_size(height, width)}: must be a multiple of {step} pixels, the size of the patches "
+            f"of cnn.backbone; the nearest are {near}"
+        )
+    native = patches.img_size
+    if native is None or tuple(native) == (height, width) or getattr(net, "pos_embed", None) is None:
+        return None
+    return f"position embeddings are interpolated from images of {_size(*native)} to {_size(height, width)} pixels"
+
+
+def _size(height: int, width: int) -> str:
+    return f"{height} x {width}" if height != width else str(height)
 
 
 def hub_weights(network: str) -> Pretrained:
     """timm's weights of `network` in the local cache of the Hugging Face hub. Raises UserError if there are none."""
-    from huggingface_hub import try_to_load_from_cache
-    from timm.models import get_pretrained_cfg
-
+    try:
+        from huggingface_hub import try_to_load_from_cache
+        from timm.models import get_pretrained_cfg
+    except ImportError as error:
+        raise UserError(
+            f"{TIMM}{network}: its weights are looked up by a package; in the checkout: pip install -e '.[timm]'"
+        ) from error
     config = get_pretrained_cfg(network)
     repository = config.hf_hub_id if config is not None else None
     if config is None or not repository:
@@ -89,18 +133,24 @@ def timm_entry(
     *,
     layouts: tuple[Layout, ...] = (),
     pretrained: Callable[[], Pretrained] | None = None,
+    embed: Embed | None = None,
     **options: Any,
 ) -> EncoderEntry:
-    """The entry of a network of timm; with a `pooling`, of a vision transformer whose tokens are pooled."""
-    if pooling is not None:
-        options["global_pool"] = "token"
+    """The entry of a network of timm; with a `pooling`, of a vision transformer whose tokens are pooled.
+
+    If the network is no transformer, `embed` pools instead.
+    """
+    build: Callable[..., nn.Module] = build_timm
+    if pooling is not None and embed is None:
+        build, embed = build_with_class_token, partial(pool_tokens, pooling=pooling)
     return EncoderEntry(
-        build=partial(build_timm, network, **options),
+        build=partial(build, network, **options),
         embedding_dim=partial(embedding_dim, pooling=pooling),
         pretrained=pretrained,
         layouts=layouts,
-        forward=None if pooling is None else partial(pool_tokens, pooling=pooling),
+        forward=embed,
         removed=classifier,
+        about_size=about_size,
     )
 
 

@@ -48,9 +48,10 @@ class Release:
     """One published file, and its embedding in other words.
 
     `content` puts the listed tensors into what the release saves; `found` is the place in that file from which they
-    must be taken. `renamed` turns listed names into those of `reference`, which builds timm's or torchvision's network;
-    shapes are those of the reference (linear layers for 1 x 1 convolutions). `transform` prepares an image, `embed`
-    gives the embedding of a batch of one. `variant` tells the files of one encoder apart.
+    must be taken. `renamed` turns listed names into those of `reference`, which builds timm's or torchvision's network,
+    after `prepared` has done what renaming cannot; shapes are those of the reference (linear layers for 1 x 1
+    convolutions). `transform` prepares an image, `embed` gives the embedding of a batch of one. `variant` tells the
+    files of one encoder apart.
     `check` says whether the embedding is compared too, and whether by the command `extract`: one of each family.
     """
 
@@ -61,6 +62,7 @@ class Release:
     renamed: tuple[tuple[str, str], ...]
     transform: Callable[[Image.Image], Tensor]
     embed: Callable[[nn.Module, Tensor], Tensor] = lambda net, images: net(images)
+    prepared: Callable[[State], State] = lambda state: state
     variant: str = "file"
     check: Literal["names", "embedding", "extract"] = "embedding"
     slow: bool = False  # too large for the embedding to be a quick test
@@ -106,9 +108,9 @@ def random_tensors(listed: Path) -> State:
 # ------------------------------------------------------------------------------- what releases save
 
 
-def squashed(size_px: int) -> Callable[[Image.Image], Tensor]:
-    """The whole frame in a square, bicubic, with ImageNet's mean and standard deviation."""
-    resize = transforms.Resize((size_px, size_px), transforms.InterpolationMode.BICUBIC)
+def squashed(size_px: int, filter_: str = "bicubic") -> Callable[[Image.Image], Tensor]:
+    """The whole frame in a square, with ImageNet's mean and standard deviation."""
+    resize = transforms.Resize((size_px, size_px), transforms.InterpolationMode(filter_))
     return transforms.Compose([resize, transforms.ToTensor(), transforms.Normalize(*IMAGENET)])
 
 
@@ -132,6 +134,43 @@ def of_dino(teacher: State) -> dict[str, Any]:
 def dino_checkpoint(state: State) -> dict[str, Any]:
     """The same for the list of a backbone, with a part of DINO's head."""
     return of_dino(prefixed("backbone.", state) | {"head.mlp.0.weight": random_tensor("head.mlp.0.weight", (64, 32))})
+
+
+def short_side(resize_px: int, crop_px: int) -> Callable[[Image.Image], Tensor]:
+    """The short side at `resize_px`, bicubic, and the centre, with ImageNet's mean and standard deviation."""
+    resize = transforms.Resize(resize_px, transforms.InterpolationMode.BICUBIC)
+    return transforms.Compose(
+        [resize, transforms.CenterCrop(crop_px), transforms.ToTensor(), transforms.Normalize(*IMAGENET)]
+    )
+
+
+def token_and_mean(prefix_tokens: int, net: nn.Module, images: Tensor) -> Tensor:
+    """The class token and the mean of the patch tokens, in one vector."""
+    tokens = net.forward_features(images)  # type: ignore[operator]
+    return torch.cat([tokens[:, 0], tokens[:, prefix_tokens:].mean(dim=1)], dim=1)
+
+
+def with_its_position(state: State) -> State:
+    """DINOv2 with registers: the class token has the first position embedding, which timm adds to it."""
+    token, positions = state["cls_token"] + state["pos_embed"][:, :1], state["pos_embed"][:, 1:]
+    return {**state, "cls_token": token, "pos_embed": positions}
+
+
+def key_biases_masked(state: State) -> State:
+    """A fine-tuned file of DINOv3: biases of queries and values, and a mask that sets those of the keys to zero."""
+    masks = {name: torch.ones(3, len(t) // 3) for name, t in state.items() if name.endswith("bias_mask")}
+    for mask in masks.values():
+        mask[1] = 0
+    return state | {name: mask.flatten() for name, mask in masks.items()}
+
+
+def biases_split(state: State) -> State:
+    """timm has one bias of the queries and one of the values."""
+    split = dict(state)
+    for name, tensor in state.items():
+        if name.endswith("qkv.bias"):
+            split[name.replace("qkv.bias", "q_bias")], _, split[name.replace("qkv.bias", "v_bias")] = tensor.chunk(3)
+    return split
 
 
 # -------------------------------------------------------------------------------------- the releases
@@ -208,6 +247,65 @@ LEMONFM = Release(
     check="extract",
     slow=True,
 )
+DINOV2 = [
+    Release(
+        f"dinov2_vit{size[0]}14{registers}{pooling}",
+        content=lambda state: state,
+        found="without a prefix",
+        reference=partial(
+            timm.create_model,
+            f"vit_{size}_patch14_{'reg4_' if registers else ''}dinov2",
+            num_classes=0,
+            dynamic_img_size=True,
+        ),
+        renamed=((r"^register_tokens$", "reg_token"),),
+        prepared=with_its_position if registers else lambda state: state,
+        transform=short_side(256, 224),
+        embed=partial(token_and_mean, 5 if registers else 1) if pooling else lambda net, images: net(images),
+        check="extract" if pooling else "embedding" if size == "small" else "names",
+    )
+    for size in ("small", "base", "large")
+    for registers in ("", "_reg")
+    for pooling in (("", "@both") if (size, registers) == ("small", "_reg") else ("",))
+]
+DINOV3 = [
+    Release(
+        f"dinov3_vit{size[0]}16",
+        content=lambda state: {"model": prefixed("module.", key_biases_masked(state)), "iteration": 3},
+        found="under `model.module.`, named as DINOv3",
+        reference=partial(
+            timm.create_model,
+            f"vit_{size}_patch16_dinov3_qkvb",
+            num_classes=0,
+            global_pool="token",
+            dynamic_img_size=True,
+        ),
+        renamed=((r"^storage_tokens$", "reg_token"), (r"ls([12])\.gamma", r"gamma_\1")),
+        prepared=biases_split,
+        transform=squashed(256, "bilinear"),
+        check="embedding" if size == "small" else "names",
+    )
+    for size in ("small", "base", "large")
+]
+DINOV3_CONVNEXT = [
+    Release(
+        f"dinov3_convnext_{size}",
+        content=lambda state: state,
+        found="without a prefix, named as DINOv3's ConvNeXt",
+        reference=partial(timm.create_model, f"convnext_{size}", num_classes=0),
+        renamed=(
+            (r"^downsample_layers\.0\.", "stem."),
+            (r"^downsample_layers\.(\d)\.", r"stages.\1.downsample."),
+            (r"^stages\.(\d)\.(\d+)\.", r"stages.\1.blocks.\2."),
+            (r"dwconv", "conv_dw"),
+            (r"pwconv([12])", r"mlp.fc\1"),
+            (r"^norm\.", "head.norm."),
+        ),
+        transform=squashed(256, "bilinear"),
+        check="extract" if size == "tiny" else "names",
+    )
+    for size in ("tiny", "small", "base", "large")
+]
 RELEASES = [
     CAFORMER,
     replace(CAFORMER, variant="dino", content=dino_checkpoint, found="under `teacher.backbone.`", check="names"),
@@ -217,6 +315,9 @@ RELEASES = [
     ),
     PVT,
     LEMONFM,
+    *DINOV2,
+    *DINOV3,
+    *DINOV3_CONVNEXT,
 ]
 
 
@@ -244,7 +345,7 @@ def expected_embedding(release: Release, state: State, image: Image.Image) -> Te
     """The embedding (D,) by timm or torchvision alone."""
     net = release.reference().eval()
     own, given = net.state_dict(), {}
-    for name, tensor in state.items():
+    for name, tensor in release.prepared(state).items():
         for pattern, replacement in release.renamed:
             name = re.sub(pattern, replacement, name)
         if name in own:
