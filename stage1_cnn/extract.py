@@ -118,7 +118,7 @@ def extract_each(
         each[number].report.add(job, reason)
     problems = []
     for number, one in enumerate(each):
-        one.report.processes = division.computing
+        one.report.processes, one.report.encoders = division.computing, len(each)
         one.report.decode_seconds, one.report.encode_seconds = (round(s, 3) for s in task.seconds.of(number))
         try:
             one.finish(shard, started)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from engine.stopping import StopRequest
 from features.dataset.index import VideoEntry
 from features.dataset.sampling import frame_times_s, sampled_frames
 from features.frames.preprocess import different_geometries
-from features.frames.source import find_lossless, require_indexed_annotations, require_indexed_source, source_identity
+from features.frames.source import lossless_cache, require_indexed_annotations, require_indexed_source, source_identity
 from features.store import feature_path, read_features, verify_file
 from stage1_cnn.decode_ahead import decoders_for, decodes_ahead, work_ahead
 from stage1_cnn.encoders.encoder import encoded_at_once
@@ -51,28 +52,28 @@ def plan(encoders: Sequence[EncoderTask], reports: Sequence[ExtractReport], shar
             if state == "current":
                 report.skipped.append(entry.id)
         new, old = ([number for number, state in enumerate(states) if state == kind] for kind in ("new", "relabel"))
-        groups = _read_together({number: encoders[number] for number in new}, entry, frames)
+        groups = _read_together({number: encoders[number] for number in new}, entry)
         jobs += [VideoJob(entry.id, len(frames), encoders=group) for group in groups]
         if old:
             jobs.append(VideoJob(entry.id, 0, labels_only=True, encoders=tuple(old)))
     return jobs
 
 
-def _read_together(
-    encoders: Mapping[int, EncoderTask], entry: VideoEntry, frame_index: NDArray[np.int64]
-) -> list[tuple[int, ...]]:
+def _read_together(encoders: Mapping[int, EncoderTask], entry: VideoEntry) -> list[tuple[int, ...]]:
     """The numbers of the encoders in groups that read a video's frames once each.
 
-    Those whose frames are in the cache do not wait for the others' decode. In a recording of several files, cutting the
-    margin requires that all are of one size, so encoders that do not cut it must not fail with those that do.
+    Those whose frames seem to be in the cache do not wait for the others' decode; reading checks the cache. In a
+    recording of several files, cutting the margin requires that all are of one size, so encoders that do not cut it
+    must not fail with those that do.
     """
     if len(different_geometries([encoder.config.preprocess for encoder in encoders.values()])[0]) < 2:
         return [tuple(encoders)] if encoders else []
     groups: dict[tuple[str, bool], list[int]] = {}
     for number, encoder in encoders.items():
-        cached = find_lossless(encoder.config, encoder.dataset, entry, frame_index, deep=False)
+        cache = lossless_cache(encoder.config)
+        cached = str(cache.path(entry.id)) if cache and os.path.isfile(cache.path(entry.id)) else ""
         cut = bool(entry.parts) and encoder.config.preprocess.cut_margin
-        groups.setdefault(("" if cached is None else str(cached.path), cut), []).append(number)
+        groups.setdefault((cached, cut), []).append(number)
     return [tuple(group) for group in groups.values()]
 
 

@@ -17,9 +17,10 @@ from stage1_cnn.segments import VideoJob
 class ExtractReport:
     """What one call of `extract` did: video ids by outcome, frames computed, and seconds.
 
-    `left_out` lists the videos that the index leaves out. `decode_seconds` and `encode_seconds` are those of
-    getting the frames that this encoder used, and of encoding them and writing the features, added up over the
-    `processes` that compute. With decoding ahead, only the time of waiting for frames counts as `decode_seconds`.
+    `left_out` lists the videos that the index leaves out. `decode_seconds` and `encode_seconds` are those of getting
+    the frames that this encoder used, and of encoding them and writing the features, added up over the `processes` that
+    compute. With decoding ahead, only the time of waiting for frames counts as `decode_seconds`. `encoders` is the
+    number of encoders in the call.
     """
 
     folder: Path
@@ -33,19 +34,16 @@ class ExtractReport:
     decode_seconds: float = 0.0
     encode_seconds: float = 0.0
     processes: int = 1
-
-    @property
-    def own_seconds(self) -> float:
-        """The seconds of this encoder's work as if it had been the only one of the call.
-
-        Loading the encoder and starting processes are not included; they count in `seconds`.
-        """
-        return (self.decode_seconds + self.encode_seconds) / self.processes
+    encoders: int = 1
 
     @property
     def frames_per_s(self) -> float | None:
-        """Frames per second of `own_seconds`; None if nothing was computed."""
-        return self.frames / self.own_seconds if self.frames and self.own_seconds > 0 else None
+        """Frames per second as if this encoder had been the only one of the call; None if nothing was computed.
+
+        Loading the encoder and starting processes are not included; they count in `seconds`.
+        """
+        work = self.decode_seconds + self.encode_seconds
+        return self.processes * self.frames / work if self.frames and work > 0 else None
 
     def require_one_usable(self, waiting: int, shard: tuple[int, int]) -> None:
         """Raise UserError if every video of this shard has failed and none is `waiting` to be extracted.
@@ -66,7 +64,11 @@ class ExtractReport:
 
     def sentence(self) -> str:
         """The outcome in one line."""
-        rate = f" ({self.frames:,} frames, {self.frames / self.seconds:.1f} frames/s)" if self.frames else ""
+        rate = ""
+        if self.frames and self.encoders == 1:
+            rate = f" ({self.frames:,} frames, {self.frames / self.seconds:.1f} frames/s)"
+        elif self.frames:
+            rate = f" ({self.frames:,} frames, {self.frames_per_s or 0:.1f} frames/s without the other encoders)"
         counts = {
             "unchanged": len(self.skipped),
             "with new labels only": len(self.relabelled),

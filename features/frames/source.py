@@ -20,7 +20,7 @@ from features.dataset.frame_folders import frame_folder, scan_folder
 from features.dataset.index import Dataset, VideoEntry
 from features.dataset.labels import reread_annotation
 from features.dataset.tfrecord import TfrecordReader
-from features.frames.cache import CachedFrames, CacheRequest, FrameCache
+from features.frames.cache import CacheRequest, FrameCache
 from features.frames.preprocess import Geometry, resize_each
 from features.store import SourceIdentity
 from features.video.base import FrameReader
@@ -130,16 +130,12 @@ class SampledFrames:
     provenance: dict[str, str]
 
 
-def find_lossless(
-    config: Config, dataset: Dataset, entry: VideoEntry, frame_index: NDArray[np.int64], *, deep: bool
-) -> CachedFrames | None:
-    """Return the cached frames that extraction may use instead of the source, or None; `deep` verifies every frame.
+def lossless_cache(config: Config) -> FrameCache | None:
+    """Return the cache whose frames extraction may use instead of the source, or None.
 
     A JPEG cache is used for training only, so that features never depend on it.
     """
-    if not config.cache.use_for_extract or config.cache.codec == "jpeg":
-        return None
-    return frame_cache(config).find(cache_request(config, dataset, entry, frame_index), deep)
+    return frame_cache(config) if config.cache.use_for_extract and config.cache.codec != "jpeg" else None
 
 
 @contextmanager
@@ -151,7 +147,8 @@ def open_frames(
     Both give the same pixels. `frame_index` (T,) are all of the video's sampled frames, as `sampled_frames` returns
     them, and `samples` selects a part of them.
     """
-    cached = find_lossless(config, dataset, entry, frame_index, deep=True)
+    cache = lossless_cache(config)
+    cached = cache.find(cache_request(config, dataset, entry, frame_index), deep=True) if cache else None
     if cached is not None:
         with closing(cached):
             numbers = range(len(cached))[samples]

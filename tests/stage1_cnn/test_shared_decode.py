@@ -27,7 +27,7 @@ from features.store_folder import usable_index, verify_folder
 from stage1_cnn.encoders.backbone import build_backbone
 from stage1_cnn.extract import ExtractReport, ExtractRequest, extract, extract_each
 from stage1_cnn.shared_decode import Reasons, reason_of
-from tests.stage1_cnn.material import FRAMES, StopAfter, World, make_world, paint, truncate, write_labels
+from tests.stage1_cnn.material import FRAMES, StopAfter, World, flip_bytes, make_world, paint, truncate, write_labels
 from tests.videos import VideoSpec, write_video
 
 IDS = ["video01", "video02", "video03", "video04"]
@@ -88,6 +88,7 @@ def test_each_video_is_decoded_once_and_the_files_are_those_of_single_calls(worl
         assert (report.done, report.frames) == (IDS, 52)
         assert min(report.decode_seconds, report.encode_seconds) > 0
         assert report.frames_per_s == pytest.approx(52 / (report.decode_seconds + report.encode_seconds))
+        assert f"{report.frames_per_s:.1f} frames/s without the other encoders)" in report.sentence()
 
 
 @pytest.mark.slow
@@ -124,6 +125,12 @@ def test_the_cache_serves_the_encoders_that_it_fits(world: World, opened: list[s
     assert content(reports) == expected
     origins = [read_features(report.folder / "video01.h5").attributes["frames_from"] for report in reports]
     assert origins == ["source", "cache", "source"]
+    flip_bytes(frame_cache(config).path("video01"), 0.6, 2000)
+    (reports[1].folder / "video01.h5").unlink()
+    (reports[2].folder / "video01.h5").unlink()
+    again = dump(world, index=index)
+    origins = [read_features(report.folder / "video01.h5").attributes["frames_from"] for report in again]
+    assert origins == ["source", "source", "source"]
 
 
 # ---------------------------------------------------------------------------------------------- running again
