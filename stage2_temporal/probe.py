@@ -26,11 +26,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from configs.errors import UserError
 from configs.schema import MAIN_TRACK
-from engine.launch import available_cores
 from engine.progress import BAR_AFTER_S, progress_bar, say
 from engine.stopping import StopRequest
 from evaluation.metrics.tools import pooled_map
@@ -210,7 +210,8 @@ def _fit_all(
 ) -> list[list[LogisticRegression]]:
     """For each target, classes (N,) and the frames that count (N,), the regressions with each C.
 
-    Each is computed on one thread, so that its sums do not depend on the number of threads, and several at once.
+    Each is computed on one thread, so that its sums do not depend on the number of threads. As many are computed at
+    once as torch may use threads, which is this process's share of the cores if several train at the same time.
     """
     from sklearn.linear_model import LogisticRegression
 
@@ -226,7 +227,7 @@ def _fit_all(
         progress_bar(len(targets) * len(cs), f"probe of {what}", "fit", delay=BAR_AFTER_S) as bar,
         _one_thread(),
         warnings.catch_warnings(),
-        ThreadPoolExecutor(available_cores()) as pool,
+        ThreadPoolExecutor(torch.get_num_threads()) as pool,
     ):
         warnings.simplefilter("ignore")  # what was reached after the last iteration is good enough
         jobs = {(k, c): pool.submit(fit, c, *targets[k]) for c in reversed(cs) for k in range(len(targets))}

@@ -14,10 +14,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from configs.errors import UserError
+from engine.device import cpu_threads
 from engine.stopping import Stopped, StopRequest
 from evaluation.metrics.tools import pooled_map
 from features.store import VideoFeatures
-from stage2_temporal import probe as probes
 from stage2_temporal.probe import DEFAULT_C, GRID, fit_phases, fit_tools
 
 TOOLS, PHASES = ("hook", "clipper", "bag"), ("a", "b", "c", "d")
@@ -99,11 +99,11 @@ def test_scale_shift_and_order_do_not_matter(factor: float, shift: float, order:
     np.testing.assert_allclose(p, q, atol=1e-3)
 
 
-def test_the_number_of_threads_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_threads_does_not_matter() -> None:
     found = []
-    for cores in (1, 3):
-        monkeypatch.setattr(probes, "available_cores", lambda cores=cores: cores)
-        found.append([fit_tools(TRAIN, VAL, TOOLS), fit_phases(TRAIN, VAL, PHASES)])
+    for threads in (1, 3):
+        with cpu_threads(threads):
+            found.append([fit_tools(TRAIN, VAL, TOOLS), fit_phases(TRAIN, VAL, PHASES)])
     for one, other in zip(*found, strict=True):
         assert np.array_equal(one.weights, other.weights)
         assert (one.c, one.score) == (other.c, other.score)

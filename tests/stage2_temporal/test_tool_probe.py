@@ -149,6 +149,17 @@ def test_a_probe_of_another_encoder_is_refused(train: Any, work: Any, tmp_path: 
         evaluate(tmp_path, folder)
 
 
+def test_a_probe_of_features_in_another_precision_is_used_with_a_note(
+    train: Any, work: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As for stage two: another machine may compute the same encoder in another precision."""
+    folder = folder_of(tmp_path / "features")
+    train(folder=folder, temporal={"epochs": 1, "baseline": False})
+    work(folder_of(tmp_path / "bf16", precision="bf16", arithmetic="folded"))
+    assert evaluate(tmp_path, folder).tool_probe is not None
+    assert "features were computed in bf16 (folded), these are computed in fp32 (plain)" in capsys.readouterr().err
+
+
 def test_a_probe_of_other_tools_is_not_used(
     train: Any, work: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
