@@ -250,8 +250,8 @@ def test_a_gpu_s_memory_is_compared_with_what_the_settings_need(monkeypatch: pyt
     smaller = load_config("mtrcnet_cl", ["joint.gradient_checkpointing=true"])
     assert levels(check_device(smaller)) == ["ok", "ok", "ok"]
     Gpu(monkeypatch, (6, 0))
-    others = load_config("cholec80", ["cnn.backbone=resnet18"])  # whose need was not counted
-    assert levels(check_device(others)) == ["ok"]
+    for other in ("cnn.backbone=resnet18", "cnn.freeze_until=layer2"):  # whose need was not counted
+        assert levels(check_device(load_config("cholec80", [other]))) == ["ok"]
 
 
 @pytest.mark.parametrize(
