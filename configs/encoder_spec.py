@@ -121,7 +121,8 @@ def _of_timm(network: str) -> EncoderDescription | None:
         network=network,
         poolings=POOLINGS if is_model_in_modules(network, _WITH_TOKENS) else (),
         preprocess=_preprocess_of_timm(config),
-        preprocess_from="timm's configuration of these weights",
+        preprocess_from="timm's configuration of these weights"
+        + (", without its padding" if config.crop_mode == "border" or config.crop_pct > 1 else ""),
         source=str(config.paper_name or "timm"),
         notes=_notes_of_timm(config, is_model_in_modules(network, _INTERPOLATING)),
     )
@@ -145,6 +146,6 @@ def _preprocess_of_timm(config: Any) -> dict[str, Any]:
     if config.crop_mode == "squash" or height != width:
         resized = [int(side / config.crop_pct) for side in (height, width)]
         return {**found, "resize_px": resized[0] if resized[0] == resized[1] else tuple(resized)}
-    short = int(height / config.crop_pct)
+    short = int(height / min(config.crop_pct, 1))  # above 1, timm pads the frame, which is not possible here
     # the stored centre has the crop's parity, so that both centres are the same
     return {**found, "short_side_px": short, "resize_px": short - (short - height) % 2}

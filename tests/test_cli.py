@@ -390,7 +390,7 @@ def test_help_is_complete_and_imports_nothing_heavy() -> None:
         "import sys; from click.testing import CliRunner; import pipeline\n"
         "result = CliRunner().invoke(pipeline.cli, ['--help'])\n"
         "assert result.exit_code == 0 and 'train-temporal' in result.output, result.output\n"
-        "heavy = {'torch', 'torchvision', 'decord', 'av', 'numpy', 'h5py', 'pydantic', 'jinja2', 'plotly'}\n"
+        "heavy = {'torch', 'torchvision', 'timm', 'decord', 'av', 'numpy', 'h5py', 'pydantic', 'jinja2', 'plotly'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=PROJECT)

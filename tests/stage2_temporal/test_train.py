@@ -427,7 +427,7 @@ def test_no_image_library_and_no_decoder_is_imported(tmp_path: Path, cue_folder:
         "head = {'name': 'gru', 'hidden': 4}\n"
         "config = Config.model_validate({'device': 'cpu', 'temporal': {'epochs': 1, 'head': head}})\n"
         f"train_temporal(config, Path({str(tmp_path / 'run')!r}), Path({str(cue_folder)!r}), StopRequest())\n"
-        "loaded = {'torchvision', 'av', 'decord', 'PIL', 'stage1_cnn', 'cv2'} & set(sys.modules)\n"
+        "loaded = {'torchvision', 'timm', 'av', 'decord', 'PIL', 'stage1_cnn', 'cv2'} & set(sys.modules)\n"
         "assert not loaded, loaded\n"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=PROJECT, capture_output=True, text=True, timeout=280)

@@ -116,7 +116,7 @@ def hub_weights(network: str) -> Pretrained:
     config = get_pretrained_cfg(network)
     repository = config.hf_hub_id if config is not None else None
     if config is None or not repository:
-        raise UserError(f"{TIMM}{network}: timm publishes no weights of it; set cnn.weights=FILE or random")
+        raise UserError(f"{TIMM}{network}: timm publishes no weights of it on the hub; set cnn.weights=FILE or random")
     for name in ("model.safetensors", "pytorch_model.bin"):
         found = try_to_load_from_cache(repository, name)
         if isinstance(found, str):
