@@ -6,7 +6,7 @@ the local cache of the Hugging Face hub.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,9 +60,20 @@ def embedding_dim(net: nn.Module, pooling: Pooling | None = None) -> int:
 
 
 def classifier(net: nn.Module) -> tuple[str, ...]:
-    """The names of the classifier's layers, which are part of published files."""
+    """The names of the classifier's layers, which are part of published files.
+
+    A classifier of several layers (CAFormer's) is named as a whole: timm names its last layer only.
+    """
     named = net.pretrained_cfg.get("classifier") or ()  # type: ignore[operator, union-attr]
-    return (named,) if isinstance(named, str) else tuple(named)
+    layers = (named,) if isinstance(named, str) else tuple(named)
+    return tuple(_absent(layer, net.state_dict()) for layer in layers)
+
+
+def _absent(layer: str, kept: Iterable[str]) -> str:
+    """The outermost module around `layer`, or `layer` itself, of which the network has no tensors."""
+    while (parent := layer.rpartition(".")[0]) and not any(name.startswith(f"{parent}.") for name in kept):
+        layer = parent
+    return layer
 
 
 def pool_tokens(net: nn.Module, images: Tensor, pooling: Pooling) -> Tensor:

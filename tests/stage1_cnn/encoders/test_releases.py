@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torchvision import transforms
 
 from configs.encoder_spec import find_description
+from configs.errors import UserError
 from configs.schema import Config
 from features.frames.preprocess import Geometry
 from features.store import read_features
@@ -341,14 +342,25 @@ def write(release: Release, path: Path) -> State:
     return state
 
 
+def renamed(name: str, rules: Sequence[tuple[str, str]]) -> str:
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def require_described_size(release: Release, net: nn.Module) -> None:
+    description = find_description(release.encoder)
+    assert description is not None
+    assert sum(parameter.numel() for parameter in net.parameters()) == description.parameters
+
+
 def expected_embedding(release: Release, state: State, image: Image.Image) -> Tensor:
     """The embedding (D,) by timm or torchvision alone."""
     net = release.reference().eval()
+    require_described_size(release, net)
     own, given = net.state_dict(), {}
-    for name, tensor in release.prepared(state).items():
-        for pattern, replacement in release.renamed:
-            name = re.sub(pattern, replacement, name)
-        if name in own:
+    for listed, tensor in release.prepared(state).items():
+        if (name := renamed(listed, release.renamed)) in own:
             given[name] = tensor.reshape(own[name].shape)
     assert given.keys() == own.keys()
     net.load_state_dict(given, assign=True)
@@ -376,24 +388,23 @@ def image(clip: Path) -> Image.Image:
 # --------------------------------------------------------------------------------------------- tests
 
 
-@pytest.mark.parametrize("release", RELEASES, ids=name_of)
+@pytest.mark.parametrize("release", releases("names"))
 @pytest.mark.filterwarnings("ignore:.*no-op:UserWarning")
 def test_every_tensor_is_found_in_the_published_file(
     release: Release, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """On the device `meta`, which stores no values, so that networks of any size take part."""
+    """On the device `meta`, which stores no values."""
     write(release, tmp_path / "published.pth")
     with torch.device("meta"):
         backbone = build_backbone(release.encoder, str(tmp_path / "published.pth"), 0)
-    found = f"all {len(backbone.net.state_dict())} tensors of {release.encoder} found {release.found}"
-    assert found in capsys.readouterr().err
-    description = find_description(release.encoder)
-    assert description is not None
-    assert sum(parameter.numel() for parameter in backbone.parameters()) == description.parameters
+    assert f"tensors of {release.encoder} found {release.found}" in capsys.readouterr().err
+    require_described_size(release, backbone)
 
 
 @pytest.mark.parametrize("release", releases("embedding"))
-def test_embedding_is_that_of_the_release(release: Release, tmp_path: Path, image: Image.Image) -> None:
+def test_embedding_is_that_of_the_release(
+    release: Release, tmp_path: Path, image: Image.Image, capsys: pytest.CaptureFixture[str]
+) -> None:
     state = write(release, tmp_path / "published.pth")
     config = Config.model_validate(
         {
@@ -405,7 +416,40 @@ def test_embedding_is_that_of_the_release(release: Release, tmp_path: Path, imag
     own = config.preprocess
     geometry = Geometry(own.resize_px, None, own.interpolation, own.short_side_px, own.crop_px)
     found, _ = load_encoder(config, None, ["Grasper"])(geometry.resize_frame(np.asarray(image))[None])
+    assert f"tensors of {release.encoder} found {release.found}" in capsys.readouterr().err
     np.testing.assert_allclose(found[0], expected_embedding(release, state, image), atol=1e-4)
+
+
+FAST = {"precision": "auto"}  # bf16 on CPUs that have it
+OPENVINO = {"precision": "fp32", "engine": "openvino"}
+
+
+@pytest.mark.parametrize(
+    ("encoder", "faster"),
+    [
+        ("surgenetxl_caformer_s18", [FAST]),
+        ("timm:convnextv2_atto", [FAST]),  # the layers of ConvNeXtV2-Tiny
+        ("timm:pvt_v2_b0", [FAST, OPENVINO]),  # those of PVTv2-B2
+    ],
+)
+def test_faster_arithmetic_gives_the_same_features(encoder: str, faster: list[dict[str, str]]) -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3)).astype(np.uint8)
+
+    def features(extract: dict[str, str]) -> np.ndarray:
+        config = Config.model_validate(
+            {
+                "device": "cpu",
+                "preprocess": {"resize_px": 64, "crop_px": 64},
+                "cnn": {"backbone": encoder, "weights": "random"},
+                "extract": {"encoder": "initial", **extract},
+            }
+        )
+        return load_encoder(config, None, ["Grasper"])(frames)[0]
+
+    expected = features({"precision": "fp32"})
+    for extract in faster:
+        tolerance = 1e-4 if extract["precision"] == "fp32" else 0.03
+        np.testing.assert_allclose(features(extract), expected, atol=tolerance * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("release", releases("extract"))
@@ -421,3 +465,53 @@ def test_extract_takes_the_published_file(release: Release, tmp_path: Path, clip
     found = np.asarray(read_features(file).features)
     assert len(found) == 2
     np.testing.assert_allclose(found[0], expected_embedding(release, state, image), atol=1e-4)
+
+
+def tensors_of(build: Callable[[], nn.Module]) -> State:
+    """Random tensors with the names and shapes of a network."""
+    with torch.device("meta"):
+        own = build().state_dict()
+    return {name: random_tensor(name, tensor.shape) for name, tensor in own.items()}
+
+
+def timm_file(network: str) -> State:
+    return tensors_of(partial(timm.create_model, network))
+
+
+def with_star_relu() -> State:
+    """As the release's network trained on ImageNet, which has StarReLU."""
+    name = "stages.0.0.token_mixer.act1.scale"
+    return random_tensors(CAFORMER.list) | {name: random_tensor(name, (1,))}
+
+
+XL = "surgenetxl_caformer_s18"
+LOOKALIKES = {
+    "timm's StarReLU": (XL, lambda: timm_file("caformer_s18"), r"act1\.scale is unknown and"),
+    "the release's StarReLU": (XL, with_star_relu, r"act1\.scale is unknown;"),
+    "the release's ReLU": ("timm:caformer_s18", lambda: random_tensors(CAFORMER.list), rf"missing.*weights of {XL}:"),
+    "version 1": ("surgenet_convnextv2_tiny", lambda: timm_file("convnext_tiny"), r"grn\.weight is missing and"),
+    "B1": ("surgenet_pvt_v2_b2", lambda: timm_file("pvt_v2_b1"), r"stages\.0\.blocks\.2\.norm1\.weight is missing and"),
+    "ConvNeXt-Tiny": (
+        "lemonfm",
+        lambda: prefixed("teacher.backbone.", tensors_of(torchvision.models.convnext_tiny)),
+        r"under `teacher\.backbone\.`: features\.0\.0\.weight is 96x3x4x4, not 192x3x4x4 and .*of convnext_tiny:",
+    ),
+}
+
+
+@pytest.mark.parametrize("other", LOOKALIKES)
+def test_a_file_of_another_network_is_refused_in_one_line(other: str, tmp_path: Path) -> None:
+    encoder, content, problem = LOOKALIKES[other]
+    torch.save(content(), tmp_path / "other.pth")
+    with torch.device("meta"), pytest.raises(UserError) as error:
+        build_backbone(encoder, str(tmp_path / "other.pth"), 0)
+    assert str(error.value).startswith(f"{tmp_path}/other.pth: does not hold weights of {encoder} (")
+    assert re.search(problem, str(error.value)), error.value
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore:.*no-op:UserWarning")
+def test_a_classifier_of_several_layers_is_left_out(tmp_path: Path) -> None:
+    torch.save(timm_file("caformer_s18"), tmp_path / "whole.pth")
+    with torch.device("meta"):
+        build_backbone("timm:caformer_s18", str(tmp_path / "whole.pth"), 0)
