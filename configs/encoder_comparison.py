@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
 from configs.ablation import Choice, Seed
 from configs.schema import HeadConfig, Strict
@@ -19,6 +19,15 @@ _OF_ENCODER = {f"extract.{key}" for key in ("engine", "precision", "calibration_
 
 # Folders are named after encoders and heads.
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
+
+
+def _known_folds(value: Any) -> Any:
+    if value is None or value == "leave_one_out" or (type(value) is int and 2 <= value <= 10_000):
+        return value
+    raise ValueError("must be leave_one_out, a number of folds from 2, or null")
+
+
+Folds = Annotated[Literal["leave_one_out"] | int | None, BeforeValidator(_known_folds)]
 
 
 class EncoderChoice(Strict):
@@ -55,9 +64,7 @@ class EncoderComparison(Strict):
     encoders: dict[Name, EncoderChoice] = Field(min_length=1)
     heads: dict[Name, HeadConfig] = Field(min_length=1, description="settings of the temporal heads, by name")
     seeds: tuple[Seed, ...] = Field((0, 1, 2), min_length=1, description="seeds of the heads' trainings")
-    folds: Literal["leave_one_out"] | Annotated[int, Field(strict=True, ge=2, le=10_000)] | None = Field(
-        None, description="leave_one_out, a number of folds, or null for the split of the base settings"
-    )
+    folds: Folds = Field(None, description="leave_one_out, a number of folds, or null for the base settings' own split")
     reference: str | None = Field(
         None, description="encoder with which the others are compared; null: the best one under each head"
     )

@@ -17,7 +17,7 @@ from configs.errors import UserError
 from configs.load import known_overlaps, load_config
 from configs.schema import CNN_FOLDER, Config
 from engine.device import choose_device, choose_precision
-from engine.files import read_json_object, write_json
+from engine.files import read_json_object, sha256_json, write_json
 from engine.progress import say
 from engine.runs import RESULT_FILE
 from engine.stopping import StopRequest
@@ -28,6 +28,7 @@ from features.store import feature_path
 from features.store_folder import with_recorded_faults
 from stage1_cnn.encoders.backbone import initial_backbone, require_image_size
 from stage1_cnn.extract import ExtractReport, ExtractRequest, extract, extract_each
+from stage1_cnn.model import weights_sha256
 from stage1_cnn.train import train_cnn
 from stage2_temporal.train import require_arithmetic
 
@@ -85,10 +86,18 @@ def check_plan(plan: Plan, trusted: bool) -> dict[str, EncoderFacts]:
     for encoder in plan.spec.encoders:
         for head in plan.spec.heads:
             require_arithmetic(plan.config(encoder, head=head, seed=plan.spec.seeds[0]).temporal, device)
-    return {encoder: _facts(plan, encoder, trusted) for encoder in plan.spec.encoders}
+    facts: dict[str, EncoderFacts] = {}
+    seen: dict[object, str] = {}
+    for encoder, chosen in plan.spec.encoders.items():
+        facts[encoder], digest = _facts(plan, encoder, trusted)
+        same = seen.setdefault((digest, str(chosen.settings) if chosen.finetune else None), encoder)
+        if same != encoder:
+            raise UserError(f"encoders {same} and {encoder} have the same weights and settings; leave one out")
+    return facts
 
 
-def _facts(plan: Plan, encoder: str, trusted: bool) -> EncoderFacts:
+def _facts(plan: Plan, encoder: str, trusted: bool) -> tuple[EncoderFacts, str]:
+    """The facts of an encoder, and a digest of what its features depend on before any fine-tuning."""
     chosen, config = plan.spec.encoders[encoder], plan.config(encoder)
     device = choose_device(config.device)
     choose_precision("extract.precision", config.extract.torch_precision, device, training=False)
@@ -99,7 +108,9 @@ def _facts(plan: Plan, encoder: str, trusted: bool) -> EncoderFacts:
         require_image_size(backbone, config.preprocess.crop_px)
     except UserError as error:
         raise UserError(f"encoder {encoder}: {error}") from error
-    return EncoderFacts(
+    extract = config.extract.model_dump(include={"engine", "precision", "storage", "compile"})
+    parts = [backbone.name, weights_sha256(backbone), config.preprocess.model_dump(mode="json"), extract]
+    facts = EncoderFacts(
         backbone=chosen.backbone,
         weights=chosen.weights,
         finetuned=chosen.finetune,
@@ -107,6 +118,7 @@ def _facts(plan: Plan, encoder: str, trusted: bool) -> EncoderFacts:
         embedding_dim=backbone.embedding_dim,
         parameters=sum(parameter.numel() for parameter in backbone.parameters()),
     )
+    return facts, sha256_json(parts)
 
 
 # ---------------------------------------------------------------------------------------------- folds

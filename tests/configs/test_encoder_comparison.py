@@ -78,9 +78,10 @@ def encoder(**content: Any) -> dict[str, Any]:
         ({"seeds": []}, "seeds: .*at least 1 item"),
         ({"seeds": [1, 1]}, "seeds repeat"),
         ({"seeds": [-1]}, "seeds.0: .*greater than or equal to 0"),
-        ({"folds": 1}, "folds.*greater than or equal to 2"),
-        ({"folds": 10**12}, "folds.*less than or equal to 10000"),
-        ({"folds": "all"}, "folds.*leave_one_out"),
+        *(
+            ({"folds": folds}, "folds: must be leave_one_out, a number of folds from 2, or null")
+            for folds in (1, 10**12, "all", True, 2.0, [2])
+        ),
         ({"reference": "other"}, "reference: other is none of the encoders frozen, tuned"),
         ({"base": ""}, "base: .*at least 1 character"),
     ],

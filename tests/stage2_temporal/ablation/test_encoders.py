@@ -270,6 +270,11 @@ FROZEN: dict[str, Any] = ENCODERS["frozen"]
         ({}, ["extract.encoder=finetuned"], "the settings of encoder frozen: extract.encoder: given both as"),
         ({"folds": 9}, [], "9 folds need 9 videos, but there are 4"),
         ({"folds": None}, ["data.index=all.json", "data.split.rule=3/1/0"], "all.json: no video is for testing"),
+        (
+            {"encoders": {"a": FROZEN, "b": {**FROZEN, "settings": {"extract.compile": False}}}},
+            [],
+            "encoders a and b have the same weights and settings; leave one out",
+        ),
         ({"encoders": {"a": {"backbone": "resnet81"}}}, [], "encoder a: .*resnet81"),
         ({"encoders": {"a": {**FROZEN, "weights": "w.pt"}}}, [], "encoder a: cnn.weights=w.pt: no such file"),
         (
