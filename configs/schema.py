@@ -21,6 +21,9 @@ from pydantic import (
     Field,
     SerializeAsAny,
     SerializerFunctionWrapHandler,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
     field_validator,
     model_serializer,
     model_validator,
@@ -174,7 +177,18 @@ class DataConfig(Strict):
 
 
 _Pixels = Annotated[int, Field(ge=16, le=2048)]
-Size = _Pixels | tuple[_Pixels, _Pixels]  # the side of a square, or height and width
+
+
+def _explained(size: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+    """Refuse a wrong size in one sentence, since pydantic would explain it once as a number and once as a pair."""
+    try:
+        return validate(size)
+    except ValidationError as error:
+        raise ValueError("must be a number of pixels or [height, width], each from 16 to 2048") from error
+
+
+# the side of a square, or height and width
+Size = Annotated[_Pixels | tuple[_Pixels, _Pixels], WrapValidator(_explained)]
 
 
 def height_width(size: Size) -> tuple[int, int]:
@@ -208,19 +222,20 @@ class PreprocessConfig(OmitsDefaults):
     def _crop_fits(self) -> PreprocessConfig:
         resized = height_width(self.resize_px)
         if any(cut > side for cut, side in zip(height_width(self.crop_px), resized, strict=True)):
-            raise ValueError(f"crop_px {_pixels(self.crop_px)} is larger than resize_px {_pixels(self.resize_px)}")
+            raise ValueError(f"crop_px {size_text(self.crop_px)} is larger than resize_px {size_text(self.resize_px)}")
         if self.short_side_px is not None and self.short_side_px < max(resized):
             raise ValueError(
-                f"short_side_px {self.short_side_px} is smaller than resize_px {_pixels(self.resize_px)}, which is cut "
-                "out of the resized frame"
+                f"short_side_px {self.short_side_px} is smaller than resize_px {size_text(self.resize_px)}, which is "
+                "cut out of the resized frame"
             )
         if min(self.std) <= 0:
             raise ValueError("std must be positive")
         return self
 
 
-def _pixels(size: Size) -> str:
-    return str(size) if isinstance(size, int) else "x".join(map(str, size))
+def size_text(size: Size) -> str:
+    """Return a size as it is written in settings: `224` or `[224, 399]`."""
+    return str(size if isinstance(size, int) else list(size))
 
 
 class CacheConfig(Strict):

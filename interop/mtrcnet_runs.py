@@ -11,7 +11,7 @@ import torch
 
 from configs.errors import UserError
 from configs.load import NO_KEYS, GivenKeys, flatten, load_config, load_dataset
-from configs.schema import JOINT_FOLDER, Config, LstmHead
+from configs.schema import JOINT_FOLDER, Config, LstmHead, size_text
 from engine.checkpoints import load_external_state, save_checkpoint, save_external_weights
 from engine.files import read_json_object, sha256_file
 from engine.progress import say
@@ -159,7 +159,7 @@ def _findings(
     pixels = fitting.preprocess
     yield f"normalisation {normalisation}: mean {pixels.mean}, std {pixels.std} ({reason})"
     yield (
-        f"images: resized to {pixels.resize_px}, cropped to {pixels.crop_px}, margin "
+        f"images: resized to {size_text(pixels.resize_px)}, cropped to {size_text(pixels.crop_px)}, margin "
         f"{'cut' if pixels.cut_margin else 'kept'}, {fitting.data.fps:g} fps, as in the settings "
         "(the original programs: 250, 224, 1 fps)"
     )

@@ -17,6 +17,7 @@ from evaluation.reports.summary import settings_behind, used_videos
 from evaluation.reports.tables import mean_std_text, metrics_of, number_text
 from evaluation.reports.templates import template_environment
 from features.dataset.index import Index
+from features.dataset.overlaps import pretraining_lines
 
 CARD_FILE = "MODEL_CARD.md"
 _KINDS = {
@@ -58,6 +59,7 @@ def write_model_card(
             "kind": _kind(stage, index.dataset, settings, evaluation),
             "dataset": index.dataset.model_dump(mode="json"),
             "split": used_videos(index, evaluation)[0],
+            "pretrained": _pretrained(settings, index),
             "left_out": index.left_out_records(),
             "settings": yaml.safe_dump(chosen, sort_keys=False, width=1 << 20) if chosen else "",
             "environment": _made_with(read_json_object(environment) if environment.exists() else {}),
@@ -71,8 +73,9 @@ def write_model_card(
 def render_model_card(facts: Mapping[str, Any]) -> str:
     """Return the card as Markdown.
 
-    `facts` must contain name, kind, dataset, split ({train, val, test: ids used}), left_out (each with id and reason),
-    settings (YAML), environment (a phrase) and metrics (an `Evaluation`). A missing fact is an error.
+    `facts` must contain name, kind, dataset, split ({train, val, test: ids used}), pretrained (lines on what the
+    encoder was pretrained on), left_out (each with id and reason), settings (YAML), environment (a phrase) and metrics
+    (an `Evaluation`). A missing fact is an error.
     """
     environment = template_environment(html=False)
     environment.filters["number"] = lambda value: (
@@ -96,6 +99,15 @@ def _kind(stage: str, spec: DataSetSpec, settings: Mapping[str, Any], evaluation
         tasks = "phase"
     names = [*_TASKS[tasks].split(" and "), *(evaluation.tracks or ())]
     return f"{_KINDS['tool' if tasks == 'tool' else stage]} for {', '.join([*names[:-2], ' and '.join(names[-2:])])}"
+
+
+def _pretrained(settings: Mapping[str, Any], index: Index) -> list[str]:
+    """What the release of the encoder was pretrained on, if that is operations of this data set."""
+    cnn = settings.get("cnn") or {}
+    backbone = (settings.get("encoder") or {}).get("backbone") or cnn.get("backbone")
+    if backbone is None or cnn.get("weights") == "random":
+        return []
+    return pretraining_lines(backbone, index.dataset.name)
 
 
 def _made_with(environment: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from configs.dataset_spec import DataSetSpec
+from configs.encoder_spec import find_description
 from configs.load import dataset_names, known_overlaps, load_dataset
 from configs.overlap import Video
 from features.ids import id_key, numbered_id
@@ -39,6 +40,18 @@ def shared_operations(first: str, ids: Sequence[str], second: str, others: Seque
 def possible_overlap(first: str, second: str) -> str:
     """Return why two data sets may share operations although no pairs are known; an empty text if they do not."""
     return next((one.possible for one in known_overlaps() if one.possible and one.joins(first, second)), "")
+
+
+def pretraining_lines(encoder: str, dataset: str) -> list[str]:
+    """Return a line for each data set with operations of `dataset` on which an encoder's release was pretrained."""
+    description = find_description(encoder)
+    lines = []
+    for name, videos in (description.pretrained_on if description else {}).items():
+        if name == dataset:
+            lines.append(f"{encoder} was pretrained on {name}: {videos}")
+        elif any(one.joins(name, dataset) for one in known_overlaps()):
+            lines.append(f"{encoder} was pretrained on {name}, which may share operations with {dataset}: {videos}")
+    return lines
 
 
 def overlap_lines(dataset: str) -> list[str]:

@@ -11,7 +11,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from configs.encoder_spec import own_preprocess
 from configs.errors import UserError, one_line
-from configs.schema import Config, Size, height_width
+from configs.schema import Config, Size, height_width, size_text
 from engine.checkpoints import load_external_state
 from engine.progress import say
 from stage1_cnn.encoders.layers import layers_until
@@ -76,9 +76,10 @@ class Backbone(nn.Module):
         except ValueError as error:
             if not self.training or len(images) > 1:
                 raise
+            height, width = images.shape[2:]
             raise UserError(
                 f"cnn.backbone={self.name}: batch norm cannot learn from a step with a single frame of "
-                f"{images.shape[-1]} pixels ({one_line(error)}); choose another number of frames or clips per step, a "
+                f"{height} x {width} pixels ({one_line(error)}); choose another number of frames or clips per step, a "
                 "larger preprocess.crop_px, or freeze_batch_norm=true"
             ) from error
         return embedding
@@ -159,7 +160,7 @@ def require_image_size(backbone: Backbone, size_px: Size) -> None:
             embedding = backbone.eval()(torch.zeros(1, 3, *height_width(size_px), device=device))
     except (RuntimeError, AssertionError, ValueError) as error:
         raise UserError(
-            f"cnn.backbone={backbone.name} cannot take images of preprocess.crop_px={size_px} "
+            f"cnn.backbone={backbone.name} cannot take images of preprocess.crop_px={size_text(size_px)} "
             f"({one_line(error)}); {_usual_size(backbone.name)}"
         ) from error
     finally:

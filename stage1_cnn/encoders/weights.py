@@ -18,8 +18,9 @@ from stage1_cnn.encoders.layout import OWN, Layout, fit_shape
 # Parts of names that wrappers insert before the names of a module or of one of its layers.
 _WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 # Prefixes of the encoder that is not loaded if a file has two: a running average or momentum encoder beside the trained
-# one; a student beside its teacher, since DINO and similar methods evaluate the teacher.
-_SECOND = re.compile(r"(?:^|[._])(?:ema|k|key|momentum|target|averaged|student)(?=[._])")
+# one, such as VISSL keeps inside its loss; a student beside its teacher, since DINO and similar methods evaluate the
+# teacher.
+_SECOND = re.compile(r"(?:^|[._])(?:ema|k|key|momentum|target|averaged|student|loss)(?=[._])")
 _UNKNOWN = " is unknown"
 # Tokens that transformers compute with beside those of the patches: a net without them is another one.
 _TOKENS = re.compile(r"(?:reg|register|storage|dist)_tokens?")

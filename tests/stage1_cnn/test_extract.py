@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 import engine.files
 import stage1_cnn.encoders.encoder
+from configs.encoder_spec import EncoderDescription
 from configs.errors import UserError
 from configs.load import load_dataset
 from configs.schema import CnnConfig, Config, DataConfig, ExtractConfig
@@ -621,3 +622,21 @@ def test_killed_at_any_moment_every_named_file_is_complete(world: World) -> None
     report = dump(world, world.set(extract={"encoder": "initial", "batch_frames": 1}))
     assert sorted(report.done + report.skipped) == IDS
     assert "video01" in report.skipped
+
+
+def test_a_note_says_that_the_encoder_was_pretrained_on_the_data_set(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    described = EncoderDescription(
+        title="", family="", network="", pretrained_on={"tiny": "videos 1 and 2", "other": "all videos"}
+    )
+    monkeypatch.setattr("features.dataset.overlaps.find_description", lambda name: described)
+    note = "note: shufflenet_v2_x0_5 was pretrained on tiny: videos 1 and 2; results on these videos are too good"
+    dump(world)
+    assert note not in capsys.readouterr().err  # its weights are random
+    file = world.base / "weights.pth"
+    torch.save(build_backbone("shufflenet_v2_x0_5", "random", 0).net.state_dict(), file)
+    dump(world, world.set(cnn={"weights": str(file)}, extract={"encoder": "initial"}), run=world.run.with_name("other"))
+    said = capsys.readouterr().err
+    assert note in said
+    assert "all videos" not in said

@@ -1,4 +1,4 @@
-"""Every classification network of torchvision, under its name there."""
+"""Every classification network of torchvision, under its name there, and releases whose encoder is one of them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import torch
 import torchvision
 from torch import nn
 
+from configs.encoder_spec import EncoderDescription, Pooling
 from configs.errors import UserError
-from stage1_cnn.encoders.registry import ENCODERS, EncoderEntry, Pretrained
+from stage1_cnn.encoders.registry import ENCODERS, FAMILIES, EncoderEntry, Pretrained
 
 # In training mode these nets return auxiliary outputs beside the main one.
 _WITH_AUXILIARY_OUTPUTS = ("googlenet", "inception_v3")
@@ -52,3 +53,10 @@ for _name in torchvision.models.list_models(module=torchvision.models):
             rename=partial(_OLD_DENSENET.sub, r"\1\2") if _name.startswith("densenet") else None,
         ),
     )
+
+
+def _entry(description: EncoderDescription, pooling: Pooling | None) -> EncoderEntry:
+    return EncoderEntry(partial(_build, description.network))
+
+
+FAMILIES.register("torchvision", _entry)

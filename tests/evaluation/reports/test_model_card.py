@@ -127,6 +127,31 @@ def test_the_card_names_the_encoder_of_the_features(tmp_path, own):
     assert ("storage: float32" in card) == own
 
 
+@pytest.mark.parametrize(
+    ("backbone", "dataset", "said"),
+    [
+        (
+            "selfsupsurg_dino",
+            "cholec80",
+            "**selfsupsurg\\_dino was pretrained on cholec80: videos 1 to 40, without their labels.**",
+        ),
+        (
+            "selfsupsurg_dino",
+            "cholect50",
+            "pretrained on cholec80, which may share operations with cholect50: videos 1 to 40",
+        ),
+        ("selfsupsurg_dino", "pitvis", ""),
+        ("resnet50", "cholec80", ""),
+    ],
+)
+def test_the_card_says_what_the_encoder_was_pretrained_on(tmp_path, backbone, dataset, said):
+    encoder = {"backbone": backbone, "preprocess": {}, "digest": "d" * 64}
+    card = write_model_card(tmp_path, "temporal", index(dataset), metrics(encoder=encoder)).read_text()
+    assert said in card
+    assert ("pretrained" in card) == bool(said)
+    assert "\n\n\n" not in card
+
+
 def test_simulated_data_is_marked(tmp_path):
     for spec in ("simulated", "cholec80"):
         card = write_model_card(tmp_path / "run", "joint", index(spec), metrics(simulated=True)).read_text()

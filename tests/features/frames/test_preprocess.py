@@ -165,6 +165,37 @@ def test_crops_are_torchvisions(resized, crop):
             assert np.array_equal(got[:, number], image.permute(0, 2, 3, 1).numpy())
 
 
+rectangles = st.tuples(st.integers(16, 40), st.integers(16, 40))
+
+
+@settings(deadline=None, max_examples=40)
+@given(rectangles, rectangles, st.integers(0, 1000))
+def test_crops_of_rectangles_are_torchvisions(crop, margin, seed):
+    """Height and width are never exchanged, in evaluation or in training."""
+    from torchvision.transforms.functional import ten_crop
+
+    size = (crop[0] + margin[0] - 16, crop[1] + margin[1] - 16)
+    frames = noise(2, *size, 3)
+    got = crop_frames(frames, crop, 10)
+    assert got.shape == (2, 10, *crop, 3)
+    for number, image in enumerate(ten_crop(torch.as_tensor(frames).permute(0, 3, 1, 2), list(crop))):
+        if number % 5 < 4:  # the centre's offset is rounded in another way
+            assert np.array_equal(got[:, number], image.permute(0, 2, 3, 1).numpy())
+    top, left = (size[0] - crop[0]) // 2, (size[1] - crop[1]) // 2
+    assert np.array_equal(got[:, 4], frames[:, top : top + crop[0], left : left + crop[1]])
+    draw = draw_change(augment_generator(seed, 0, 0), AugmentConfig(), size, crop)
+    assert 0 <= draw.top <= size[0] - crop[0]
+    assert 0 <= draw.left <= size[1] - crop[1]
+    assert draw.crop(frames, crop).shape == (2, *crop, 3)
+    images = normalise(got[:, 0], PreprocessConfig(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)))
+    assert np.array_equal(images.mul(255).round().byte().permute(0, 2, 3, 1).numpy(), got[:, 0])
+
+
+def test_every_offset_in_a_rectangle_occurs():
+    drawn = [draw_change(augment_generator(0, 0, k), AugmentConfig(), (18, 21), (16, 16)) for k in range(400)]
+    assert {(draw.top, draw.left) for draw in drawn} == {(top, left) for top in range(3) for left in range(6)}
+
+
 def test_centre_offset_is_rounded_down():
     frames = np.arange(5 * 5, dtype=np.uint8).reshape(1, 5, 5, 1).repeat(3, axis=-1)
     assert crop_frames(frames, 2)[0, 0, :, :, 0].tolist() == [[6, 7], [11, 12]]

@@ -282,7 +282,7 @@ def test_frozen_batch_norm_stays_as_it_is() -> None:
 def test_a_step_with_one_small_frame_is_refused_in_one_line() -> None:
     """The last chunk of a video may have one frame; at 32 pixels, batch norm then has one value per channel."""
     backbone = build_backbone("shufflenet_v2_x0_5", "random", 0).train()
-    message = r"cannot learn from a step with a single frame of 32 pixels \([^\n]*freeze_batch_norm=true$"
+    message = r"cannot learn from a step with a single frame of 32 x 32 pixels \([^\n]*freeze_batch_norm=true$"
     with pytest.raises(UserError, match=message):
         backbone(torch.zeros(1, 3, 32, 32))
     assert backbone(torch.zeros(2, 3, 32, 32)).shape == (2, 1024)

@@ -26,7 +26,7 @@ from stage1_cnn.encoders.openvino_net import calibrate, convert, openvino
 from stage1_cnn.extract import ExtractReport, extract
 from tests.stage1_cnn.material import World
 
-PREPROCESS = PreprocessConfig(resize_px=40, crop_px=32)
+PREPROCESS = PreprocessConfig(resize_px=(40, 60), crop_px=(32, 48))
 PROJECT = Path(__file__).resolve().parents[3]
 
 
@@ -36,9 +36,9 @@ def backbone() -> Backbone:
 
 
 def crops(count: int, seed: int = 0) -> np.ndarray:
-    """Noise that changes slowly, as images do: (count, 32, 32, 3) uint8."""
+    """Noise that changes slowly, as images do: (count, 32, 48, 3) uint8."""
     coarse = torch.from_numpy(np.random.default_rng(seed).random((count, 3, 4, 4), dtype=np.float32))
-    return (nn.functional.interpolate(coarse, (32, 32), mode="bilinear") * 255).byte().permute(0, 2, 3, 1).numpy()
+    return (nn.functional.interpolate(coarse, (32, 48), mode="bilinear") * 255).byte().permute(0, 2, 3, 1).numpy()
 
 
 def reference(backbone: Backbone, images: np.ndarray) -> np.ndarray:

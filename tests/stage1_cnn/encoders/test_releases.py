@@ -67,10 +67,11 @@ class Release:
     variant: str = "file"
     check: Literal["names", "embedding", "extract"] = "embedding"
     slow: bool = False  # too large for the embedding to be a quick test
+    shared_list: str = ""  # the name of a list that several encoders have in common
 
     @property
     def list(self) -> Path:
-        return LISTS / f"{self.encoder.partition('@')[0]}.txt"
+        return LISTS / f"{self.shared_list or self.encoder.partition('@')[0]}.txt"
 
 
 # ------------------------------------------------------------------------------- files of the lists
@@ -172,6 +173,52 @@ def biases_split(state: State) -> State:
         if name.endswith("qkv.bias"):
             split[name.replace("qkv.bias", "q_bias")], _, split[name.replace("qkv.bias", "v_bias")] = tensor.chunk(3)
     return split
+
+
+def of_mae(state: State) -> dict[str, Any]:
+    """A checkpoint of the program of masked autoencoders."""
+    return {
+        "model": state,
+        "optimizer": {"state": {0: {"step": 1, "exp_avg": state["cls_token"], "exp_avg_sq": state["cls_token"]}}},
+        "epoch": 14,
+        "scaler": {"scale": 65536.0, "growth_factor": 2.0},
+        "args": argparse.Namespace(model="mae_vit_base_patch16", batch_size=256),
+    }
+
+
+class AttrDict(dict[str, Any]):
+    """VISSL's class of settings, under another name, since a file may contain it."""
+
+
+def of_vissl(state: State, second: str, heads: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """A checkpoint of VISSL, whose loss has a second encoder under the prefix `second`, if it is not empty."""
+    other = {
+        f"{second}trunk.{name}": random_tensor(f"second.{name}", one.shape) if one.is_floating_point() else one
+        for name, one in state.items()
+    }
+    model = {"trunk": state, "heads": {name: random_tensor(name, shape) for name, shape in heads.items()}}
+    return {
+        "phase_idx": 299,
+        "iteration": 1000,
+        "loss": {"queue": torch.zeros(8, 16), **(other if second else {})},
+        "iteration_num": 0,
+        "train_phase_idx": 299,
+        "classy_state_dict": {
+            "base_model": {"model": model, "meta": {"settings": AttrDict(width=1)}},
+            "optimizer": {"optim": {"state": {0: {"momentum_buffer": state["_feature_blocks.conv1.weight"]}}}},
+        },
+    }
+
+
+def of_surgvlp(state: State) -> State:
+    """The image encoder beside a part of its text encoder, which has layers too."""
+    text = {
+        "embeddings.position_ids": torch.zeros(1, 512, dtype=torch.int64),
+        "embeddings.word_embeddings.weight": random_tensor("word", (64, 768)),
+        "encoder.layer.0.attention.self.query.weight": random_tensor("query", (768, 768)),
+        "pooler.dense.bias": random_tensor("dense.bias", (768,)),
+    }
+    return state | prefixed("backbone_text.model.", text)
 
 
 # -------------------------------------------------------------------------------------- the releases
@@ -307,6 +354,68 @@ DINOV3_CONVNEXT = [
     )
     for size in ("tiny", "small", "base", "large")
 ]
+
+
+def patch_mean(net: Any, images: Tensor) -> Tensor:
+    return net.forward_features(images)[:, 1:].mean(dim=1)
+
+
+def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
+    """The network without values, all of which are replaced."""
+    with torch.device("meta"):
+        return build()
+
+
+def resnet50() -> nn.Module:
+    net = torchvision.models.resnet50(weights=None)
+    net.fc = nn.Identity()
+    return net
+
+
+def resized(height_px: int, width_px: int, *more: Any, normal: Any = IMAGENET) -> Callable[[Image.Image], Tensor]:
+    """The whole frame in this size, bilinear, and what the release does then."""
+    resize = transforms.Resize((height_px, width_px))
+    return transforms.Compose([resize, *more, transforms.ToTensor(), transforms.Normalize(*normal)])
+
+
+ENDOVIT = Release(
+    "endovit",
+    content=of_mae,
+    found="under `model.`",
+    reference=partial(on_meta, partial(timm.create_model, "vit_base_patch16_224", num_classes=0)),
+    renamed=(),
+    transform=resized(224, 224, normal=((0.3464, 0.2280, 0.2228), (0.2520, 0.2128, 0.2093))),
+    embed=patch_mean,
+    check="extract",
+)
+TRUNK = "classy_state_dict.base_model.model.trunk._feature_blocks."
+MLP = {"0.clf.0.weight": (64, 64), "0.clf.1.running_mean": (64,), "1.clf.0.weight": (256, 64)}
+MOCO = Release(
+    "selfsupsurg_moco_v2",
+    content=partial(of_vissl, second="moco_encoder.", heads=MLP),
+    found=f"under `{TRUNK}`; `loss.moco_encoder.trunk._feature_blocks.` would fit too and was not taken",
+    reference=partial(on_meta, resnet50),
+    renamed=((r"^_feature_blocks\.", ""),),
+    transform=resized(224, 399),
+    shared_list="selfsupsurg",
+    check="extract",
+)
+SWAV = replace(
+    MOCO,
+    encoder="selfsupsurg_swav",
+    content=partial(of_vissl, second="", heads={"0.projection_head.0.weight": (64, 64)}),
+    found=f"under `{TRUNK}`",
+    check="names",
+)
+PESKAVLP = replace(
+    MOCO,
+    encoder="peskavlp",
+    content=of_surgvlp,
+    found="under `backbone_img.model.`",
+    renamed=((r"^backbone_img\.model\.", ""),),
+    transform=resized(360, 640, transforms.CenterCrop(224)),
+    shared_list="peskavlp",
+)
 RELEASES = [
     CAFORMER,
     replace(CAFORMER, variant="dino", content=dino_checkpoint, found="under `teacher.backbone.`", check="names"),
@@ -319,6 +428,28 @@ RELEASES = [
     *DINOV2,
     *DINOV3,
     *DINOV3_CONVNEXT,
+    ENDOVIT,
+    replace(ENDOVIT, encoder="endovit@token", embed=lambda net, images: net(images), check="names"),
+    replace(
+        ENDOVIT,
+        encoder="endovit@both",
+        embed=partial(token_and_mean, 1),
+        content=lambda state: prefixed("module.", state),  # the average of weights over epochs
+        found="under `module.`",
+        check="embedding",
+    ),
+    MOCO,
+    replace(
+        SWAV,
+        encoder="selfsupsurg_dino",
+        content=partial(of_vissl, second="momentum_teacher.module.", heads={"0.prototypes0.weight_g": (4096, 1)}),
+        found=f"under `{TRUNK}`; `loss.momentum_teacher.module.trunk._feature_blocks.` would fit too and was not taken",
+    ),
+    SWAV,
+    replace(SWAV, encoder="selfsupsurg_simclr", content=partial(of_vissl, second="", heads=MLP)),
+    PESKAVLP,
+    replace(PESKAVLP, encoder="surgvlp", check="names"),
+    replace(PESKAVLP, encoder="hecvl", check="names"),
 ]
 
 
