@@ -170,9 +170,11 @@ def _weights(name: str, description: EncoderDescription, has_published: bool) ->
     texts += [weights.note] if weights.note else []
     if here is not None:
         return [*texts, f"on this machine: {here}"]
+    if weights.package:
+        return [*texts, f"not on this machine: {where_to_get(name, description)}"]
     folders = " or ".join(map(str, release_folders()))
-    looked = "" if weights.package else f"; looked for in {folders} ({FOLDER_VARIABLE} names another folder)"
-    return [*texts, f"not on this machine{looked}", where_to_get(name, description)]
+    looked = f"not on this machine: put it into {folders} ({FOLDER_VARIABLE} names another folder)"
+    return [*texts, f"{looked}, or name it: cnn.weights=FILE, in extract --weights FILE"]
 
 
 def _published(name: str) -> list[str]:

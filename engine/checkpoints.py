@@ -279,7 +279,10 @@ def _load(path: Path, checked: bool = False) -> Any:
                 raise UserError(f"{path}: damaged (checksum of {broken} is wrong)")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # warnings about the pickle's protocol; the errors below are clearer
-            return torch.load(path, map_location="cpu", weights_only=True)
+            if path.suffix != ".safetensors":
+                return torch.load(path, map_location="cpu", weights_only=True)
+            with path.open("rb") as stream:  # given the path, torch 2.14 would take it for what its name says
+                return torch.load(stream, map_location="cpu", weights_only=True)
     except UserError:
         raise
     except MemoryError as error:

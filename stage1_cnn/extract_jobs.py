@@ -18,6 +18,7 @@ from engine.stopping import StopRequest
 from features.dataset.index import VideoEntry
 from features.dataset.sampling import frame_times_s, sampled_frames
 from features.frames.preprocess import different_geometries
+from features.frames.settings_match import say_frames_note
 from features.frames.source import lossless_cache, require_indexed_annotations, require_indexed_source, source_identity
 from features.store import feature_path, read_features, verify_file
 from stage1_cnn.decode_ahead import decoders_for, decodes_ahead, work_ahead
@@ -147,6 +148,7 @@ def _outcomes(
     precisions = ", ".join(dict.fromkeys(encoder.spec.precision for encoder in task.encoders))
     others += f", {len(task.encoders)} encoders" if len(task.encoders) > 1 else ""
     start_stage(STAGE, task.config, task.encoders[0].loaded_encoder().device, precisions, others)
+    say_frames_note(*(encoder.config for encoder in task.encoders))
     if division.ahead:
         return work_ahead(task, jobs, division.processes, STAGE, stop)
     return work_through(task, jobs, division.computing, STAGE, stop)

@@ -30,6 +30,7 @@ from features.dataset.catalogue import say_left_out
 from features.dataset.index import Dataset, Index
 from features.dataset.sampling import sampled_frames
 from features.dataset.trained_on import inherited_from, record_training
+from features.frames.settings_match import say_frames_note
 from features.frames.training_cache import cache_readable, frames_identity, recorded_faults
 from stage1_cnn.data import (
     ClipDataset,
@@ -94,6 +95,7 @@ def train_cnn(
     accelerator, precision = make_accelerator(config.device, cnn.precision, "cnn.precision")
     loaders = choose_workers(cnn.workers, accelerator.device)
     start_stage("train-cnn", config, accelerator.device, precision, f"{loaders} loader process(es)")
+    say_frames_note(config)
     say_few_cores(accelerator.device)
     net = processes.each(lambda: build_net(config, dataset.spec, trusted=trusted))
     require_image_size(net.backbone, config.preprocess.crop_px)

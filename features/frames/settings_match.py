@@ -10,6 +10,7 @@ from configs.encoder_spec import own_preprocess
 from configs.errors import UserError
 from configs.load import GivenKeys
 from configs.schema import Config, PreprocessConfig, Size, height_width
+from engine.progress import bars_are_hidden, say
 from features.frames.preprocess import preprocess_from_json
 
 
@@ -70,6 +71,13 @@ def frames_note(config: Config) -> str | None:
     given = ", ".join(f"preprocess.{key}={_plain(getattr(used, key))}" for key in differing)
     theirs = ", ".join(str(_plain(getattr(stated, key))) for key in differing)
     return f"note: frames are prepared with {given}; {name} was trained with {theirs}"
+
+
+def say_frames_note(*configs: Config) -> None:
+    """Print `frames_note` of each encoder once."""
+    if not bars_are_hidden():
+        for note in dict.fromkeys(filter(None, map(frames_note, configs))):
+            say(note)
 
 
 def _of_preprocess(preprocess: PreprocessConfig) -> dict[str, Any]:

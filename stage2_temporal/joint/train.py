@@ -34,6 +34,7 @@ from features.dataset.catalogue import say_left_out
 from features.dataset.index import Dataset, Index
 from features.dataset.labels import sampled_labels, unlabelled_note
 from features.dataset.trained_on import inherited_from, record_training
+from features.frames.settings_match import say_frames_note
 from features.frames.training_cache import cache_readable, frames_identity, recorded_faults
 from features.video_labels import VideoLabels
 from stage1_cnn.data import (
@@ -144,6 +145,7 @@ def train_joint(
     processes.from_first(lambda: require_precisions(config, stages))
     waiting = processes.from_first(lambda: [stage for stage in stages.values() if stage.result is None])
     if waiting:
+        say_frames_note(config)
         say_few_cores(choose_device(config.device))
         processes.from_first(waiting[0].check)
         readable = cache_readable(config, dataset, processes)
