@@ -27,6 +27,7 @@ READING = {
 }
 WEIGHTS = ["--set", "cnn.weights=own.pth"]
 PREDICT = {**RUN, "--inference": "clip", "--out": "a #b", "--video": "", "--as": "eaf"}
+EXTRACT = {**RUN, "--devices": "2", "--shard": "1/2", "--index": "a #b"}
 NEW_VIDEOS = "stage2_temporal.new_videos:predict_new_videos"
 PAIR = ("stage2_temporal.new_videos:pair_of_stages", NEW_VIDEOS)
 MATRIX = {"--matrix": ""}
@@ -177,15 +178,24 @@ MODES = [
         "a trained encoder",
         [],
         ("stage1_cnn.extract:extract",),
-        {**RUN, "--devices": "2", "--shard": "1/2", "--index": "a #b", "--from-joint": "net"},
-        {"--trusted": ""},
+        {**EXTRACT, "--from-joint": "net", "--encoder": "resnet18"},
+        {"--trusted": "", "--weights": "x.pth"},
     ),
     Mode(
         "extract",
         "weights of a file",
         INITIAL,
         ("stage1_cnn.extract:extract",),
-        {**RUN, "--devices": "2", "--shard": "1/2", "--index": "a #b", "--trusted": "", "--from-joint": "net"},
+        {**EXTRACT, "--trusted": "", "--from-joint": "net", "--encoder": "resnet18"},
+        {"--weights": "x.pth"},
+    ),
+    Mode(
+        "extract",
+        "--encoder",
+        ["--encoder", "resnet18"],
+        ("stage1_cnn.extract:extract",),
+        {**EXTRACT, "--weights": "x.pth"},
+        {"--trusted": "", "--from-joint": "net"},
     ),
     Mode(
         "train-tools",
@@ -480,6 +490,14 @@ MODES = [
             "--workers": "3",
         },
     ),
+    Mode(
+        "encoders list",
+        "always",
+        [],
+        ("commands.encoder_lines:encoder_records", "commands.encoder_lines:encoder_rows"),
+        {"--json": ""},
+    ),
+    Mode("encoders info", "always", ["resnet50"], ("commands.encoder_lines:encoder_lines",)),
     Mode("datasets list", "always", [], ("features.dataset.describe:dataset_rows",)),
     Mode("datasets show", "always", ["cholec80"], ("features.dataset.describe:dataset_lines",)),
     Mode(
