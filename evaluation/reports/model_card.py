@@ -31,7 +31,10 @@ _SECTIONS = {
     "temporal": ("seed", "preprocess", "encoder", "cnn", "extract", "temporal"),
     "joint": ("seed", "preprocess", "joint"),
 }
-_PARTS = {"temporal": (), "joint": (("cnn", "backbone"), ("temporal", "head"))}  # settings of the joint net's parts
+_PARTS = {  # settings of the joint net's parts
+    "temporal": (),
+    "joint": (("cnn", "backbone"), ("cnn", "freeze_until"), ("cnn", "layer_lr_decay"), ("temporal", "head")),
+}
 _BASELINES = {"frame": "per-frame head on the same features", "majority": "always the longest phase of training"}
 
 
@@ -50,7 +53,7 @@ def write_model_card(
     chosen = {key: settings[key] for key in _SECTIONS[stage] if key in settings}
     for section, key in _PARTS[stage]:
         if key in settings.get(section, {}):
-            chosen[section] = {key: settings[section][key]}
+            chosen.setdefault(section, {})[key] = settings[section][key]
     if evaluation.imported is not None:  # keep its input and its parts, since its training is not known
         chosen = {key: chosen[key] for key in ("preprocess", "cnn", "temporal") if key in chosen}
     text = render_model_card(

@@ -170,10 +170,16 @@ def test_a_net_for_one_task_names_missing_numbers(tmp_path):
 
 def test_the_card_of_a_joint_net_says_what_it_is_made_of(tmp_path):
     (tmp_path / "joint").mkdir()
-    config = load_config("mtrcnet_cl", ["cnn.backbone=resnet18", "temporal.head.hidden=48"])
-    (tmp_path / "joint" / "config.yaml").write_text(to_yaml(config))
+    values = ["cnn.backbone=resnet18", "cnn.freeze_until=layer2", "cnn.layer_lr_decay=0.5", "temporal.head.hidden=48"]
+    (tmp_path / "joint" / "config.yaml").write_text(to_yaml(load_config("mtrcnet_cl", values)))
     card = write_model_card(tmp_path, "joint", index(), metrics()).read_text()
-    for text in ("backbone: resnet18", "hidden: 48", "tool_hidden: 512"):
+    for text in (
+        "backbone: resnet18",
+        "freeze_until: layer2",
+        "layer_lr_decay: 0.5",
+        "hidden: 48",
+        "tool_hidden: 512",
+    ):
         assert text in card, text
 
 
