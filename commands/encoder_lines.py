@@ -137,7 +137,8 @@ def _built(name: str) -> list[str]:
         texts.append(f"embeddings of dimension {backbone.embedding_dim}; {count / 1e6:.2f} million parameters")
     if description is not None and description.poolings:
         base, chosen = split_pooling(name)
-        first = description.poolings[0]
+        first = None if base.startswith(TIMM) else description.poolings[0]
+        texts += [] if first else [f"{base}: timm's own pooling (default)"]
         for one in description.poolings:
             state = " (default)" * (one == first) + " (chosen)" * (one == chosen)
             texts.append(f"{base}@{one}: {_POOLINGS[one]}{state}")

@@ -54,6 +54,9 @@ def test_info_of_other_networks() -> None:
     vit = "\n".join(encoder_lines("timm:vit_small_patch14_dinov2"))
     assert "the centre 518 x 518 is kept (bicubic)" in vit
     assert "this program does not download them" in vit
+    assert "timm:vit_small_patch14_dinov2: timm's own pooling (default)" in vit
+    assert "vit_small_patch14_dinov2@token: the class token\n" in vit
+    assert "interpolated to other sizes" in vit
 
 
 def test_info_of_an_unknown_name(tmp_path: Path) -> None:
