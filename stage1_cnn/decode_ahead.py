@@ -90,10 +90,11 @@ def work_ahead(
     )
     with progress_bar(total, title, "frame") as bar, closing(messages):
         try:
-            begun = time.perf_counter()
+            begun: float | None = None  # the processes start before the first message, which is no decoding
             for number, message in messages:
                 stop.raise_if_set()
-                task.seconds.decoded(with_frames[number], time.perf_counter() - begun)
+                if begun is not None:
+                    task.seconds.decoded(with_frames[number], time.perf_counter() - begun)
                 if number not in ended:  # encoding it may have failed, while its frames still arrive
                     writing[number].take(message)
                     encoded[number] = 0 if isinstance(message, dict) else encoded[number] + _frames_in(message)

@@ -108,6 +108,21 @@ def test_the_work_continues_without_a_decoding_process_that_died(error: Exceptio
     assert task.noted == ["labels", "opened", "appended", "finished", *again]
 
 
+def test_waiting_for_frames_counts_but_not_the_start_of_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("stage1_cnn.decode_ahead.time", SimpleNamespace(perf_counter=lambda: clock[0]))
+
+    def messages() -> Iterator[tuple[int, Any]]:
+        clock[0] += 7
+        for number, message in whole():
+            yield number, message
+            clock[0] += 1
+
+    task = Task()
+    outcomes(task, messages())
+    assert task.seconds.of(0)[0] == 5  # of six messages
+
+
 def test_no_unfinished_file_is_left() -> None:
     def messages() -> Iterator[tuple[int, Any]]:
         yield from [(0, {"reader": "x"}), (1, {"reader": "x"}), (1, FRAMES), (0, "video01.mp4: damaged")]
