@@ -108,11 +108,6 @@ def test_processes_parts_and_decoding_ahead_change_no_byte(tmp_path: Path) -> No
             shutil.rmtree(report.folder)
 
 
-def test_frames_decoded_ahead_come_in_every_size(world: World) -> None:
-    expected = separately(world)
-    assert content(dump(world, workers=1, decode_ahead="on")) == expected
-
-
 def test_the_cache_serves_the_encoders_that_it_fits(world: World, opened: list[str]) -> None:
     index = world.index()
     config, entry = settings_of(world, 1), index.videos[0]
