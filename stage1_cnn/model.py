@@ -104,7 +104,7 @@ def parameter_groups(
     steps = learning_steps(backbone.get_submodule("net"))
     factors = [backbone_lr_factor * layer_lr_decay**later for later in reversed(range(len(steps)))]
     blocks = [
-        {"name": f"backbone.{path}", "params": parameters, "lr_factor": factor}
+        {"name": f"backbone.{path}".rstrip("."), "params": parameters, "lr_factor": factor}
         for (path, parameters), factor in zip(steps, factors, strict=True)
     ]
     return [*blocks, rest]

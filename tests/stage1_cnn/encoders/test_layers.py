@@ -276,3 +276,24 @@ def test_freezing_does_not_change_the_rates_of_other_blocks() -> None:
     optimizer = build_optimizer(parameter_groups(net, 1.0, layer_lr_decay=0.5), OptimConfig(name="adamw", lr=1.0))
     found = {group["name"]: group["lr"] for group in optimizer.param_groups}
     assert found == {"backbone.layer1.1": 0.25, "backbone.layer2.0": 0.5, "backbone.layer2.1": 1.0, "head": 1.0}
+
+
+class Scaled(nn.Module):
+    """A net of a plug-in may have parameters of its own and no layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(dim=(2, 3)) * self.scale
+
+
+def test_a_net_without_layers_is_one_block_that_cannot_be_named() -> None:
+    backbone = Backbone("scaled", Scaled(), 3)
+    with pytest.raises(
+        UserError, match=r"^cnn\.freeze_until=scale: the network has no layers with names; set it to null$"
+    ):
+        freeze_until(backbone, "scale")
+    groups = parameter_groups(ToolNet(Backbone("scaled", Scaled(), 3), 2), 0.5, layer_lr_decay=0.1)
+    assert [(group["name"], group.get("lr_factor")) for group in groups] == [("backbone", 0.5), ("head", None)]
