@@ -621,7 +621,6 @@ LOOKALIKES = {
     "the release's StarReLU": (XL, with_star_relu, r"act1\.scale is unknown;"),
     "the release's ReLU": ("timm:caformer_s18", lambda: random_tensors(CAFORMER.list), rf"missing.*weights of {XL}:"),
     "version 1": ("surgenet_convnextv2_tiny", lambda: timm_file("convnext_tiny"), r"grn\.weight is missing and"),
-    "B1": ("surgenet_pvt_v2_b2", lambda: timm_file("pvt_v2_b1"), r"stages\.0\.blocks\.2\.norm1\.weight is missing and"),
     "ConvNeXt-Tiny": (
         "lemonfm",
         lambda: prefixed("teacher.backbone.", tensors_of(torchvision.models.convnext_tiny)),
