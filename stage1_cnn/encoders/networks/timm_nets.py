@@ -128,10 +128,12 @@ def hub_weights(network: str) -> Pretrained:
     repository = config.hf_hub_id if config is not None else None
     if config is None or not repository:
         raise UserError(f"{TIMM}{network}: timm publishes no weights of it on the hub; set cnn.weights=FILE or random")
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        found = try_to_load_from_cache(repository, name)
-        if isinstance(found, str):
-            return Pretrained(Path(found), mean=tuple(config.mean), std=tuple(config.std))
+    try:
+        found = try_to_load_from_cache(repository, "model.safetensors")
+    except OSError as error:
+        raise UserError(f"{TIMM}{network}: the cache of the hub cannot be read ({one_line(error)})") from error
+    if isinstance(found, str):
+        return Pretrained(Path(found), mean=tuple(config.mean), std=tuple(config.std))
     raise UserError(
         f"{TIMM}{network}: its weights are not on this machine, and this program does not download them: on a machine "
         f"with internet run `hf download {repository} model.safetensors`, copy the file, and set cnn.weights=FILE"

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import torchvision
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from configs.errors import UserError
 from engine.checkpoints import load_external_state
+from stage1_cnn.encoders.backbone import build_backbone
 from stage1_cnn.encoders.networks.timm_nets import build_timm
 from stage1_cnn.encoders.registry import find_encoder
 from stage1_cnn.encoders.weights import find_weights
@@ -131,3 +133,15 @@ def test_tokens_of_dinov3s_convnext(pooling: str) -> None:
     torch.testing.assert_close(found, expected)
     assert callable(entry.embedding_dim)
     assert entry.embedding_dim(net) == found.shape[1]
+
+
+@pytest.mark.parametrize("encoder", ["dinov2_vits14_reg", "dinov3_vits16", "dinov3_convnext_tiny", "timm:test_vit"])
+def test_a_file_of_another_network_is_one_line(encoder: str, tmp_path: Path) -> None:
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "other.pth")
+    with torch.device("meta"), pytest.raises(UserError) as error:
+        build_backbone(encoder, str(tmp_path / "other.pth"), 0, trusted=True)
+    said = str(error.value)
+    assert said.startswith(f"{tmp_path}/other.pth: does not hold weights of {encoder} (")
+    assert "tensors expected; the file has conv1.weight" in said
+    assert "they are weights of resnet18" in said
+    assert "\n" not in said

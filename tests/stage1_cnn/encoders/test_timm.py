@@ -146,6 +146,16 @@ def test_weights_come_from_the_local_cache_of_the_hub(
     assert torch.equal(build_backbone(name, "imagenet", 0).net.pos_embed, source.pos_embed)
 
 
+def test_a_cache_that_cannot_be_read_is_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(*args: object, **options: object) -> NoReturn:
+        raise PermissionError(13, "Permission denied", "refs/main")
+
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", denied)
+    assert settled_weights(CnnConfig(backbone=TINY, weights="cached")) == "random"
+    with pytest.raises(UserError, match=r"the cache of the hub cannot be read \(.*Permission denied"):
+        build_backbone(TINY, "imagenet", 0)
+
+
 def test_without_the_hubs_package_a_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert settled_weights(CnnConfig(backbone=TINY, weights="cached")) == "random"
