@@ -32,7 +32,7 @@ from engine.runs import StageFolder, StageIdentity, settings_without
 from engine.stopping import StopRequest
 from features.dataset.catalogue import say_left_out
 from features.dataset.index import Dataset, Index
-from features.dataset.overlaps import pretraining_lines
+from features.dataset.overlaps import pretraining_phrases
 from features.dataset.trained_on import inherited_from, record_training
 from features.store import EncoderSpec
 from features.store_folder import ENCODER_FILE, INDEX_FILE, clear_fault, estimate_bytes, prepare_folder, record_fault
@@ -164,8 +164,8 @@ class _Extraction:
         self.encoder = load_encoder(config, run, dataset.spec.tools, trusted, FromTrainingFrames(config, dataset))
         self.inherited = inherited_from(_folders_of_weights(config, run), self.index, config.data.allow_overlap)
         if config.cnn.weights != "random":
-            for line in pretraining_lines(config.cnn.backbone, self.index.dataset.name):
-                say(f"note: {line}; results on these videos are too good")
+            for seen in pretraining_phrases(config.cnn.backbone, self.index.dataset.name):
+                say(f"note: {config.cnn.backbone}: its release was {seen}; results on these videos are too good")
         self.folder = request.folder or config.extract.store / self.encoder.spec.folder_name
         _require_compatible(self.folder, self.index, self.encoder.spec)
         self.report = ExtractReport(self.folder, left_out=self.index.left_out_records())

@@ -17,7 +17,7 @@ from evaluation.reports.summary import settings_behind, used_videos
 from evaluation.reports.tables import mean_std_text, metrics_of, number_text
 from evaluation.reports.templates import template_environment
 from features.dataset.index import Index
-from features.dataset.overlaps import pretraining_lines
+from features.dataset.overlaps import pretraining_phrases
 
 CARD_FILE = "MODEL_CARD.md"
 _KINDS = {
@@ -76,7 +76,7 @@ def write_model_card(
 def render_model_card(facts: Mapping[str, Any]) -> str:
     """Return the card as Markdown.
 
-    `facts` must contain name, kind, dataset, split ({train, val, test: ids used}), pretrained (lines on what the
+    `facts` must contain name, kind, dataset, split ({train, val, test: ids used}), pretrained (sentences on what the
     encoder was pretrained on), left_out (each with id and reason), settings (YAML), environment (a phrase) and metrics
     (an `Evaluation`). A missing fact is an error.
     """
@@ -110,7 +110,7 @@ def _pretrained(settings: Mapping[str, Any], index: Index) -> list[str]:
     backbone = (settings.get("encoder") or {}).get("backbone") or cnn.get("backbone")
     if backbone is None or cnn.get("weights") == "random":
         return []
-    return pretraining_lines(backbone, index.dataset.name)
+    return [f"The release of {backbone} was {seen}." for seen in pretraining_phrases(backbone, index.dataset.name)]
 
 
 def _made_with(environment: Mapping[str, Any]) -> str:

@@ -42,15 +42,18 @@ def possible_overlap(first: str, second: str) -> str:
     return next((one.possible for one in known_overlaps() if one.possible and one.joins(first, second)), "")
 
 
-def pretraining_lines(encoder: str, dataset: str) -> list[str]:
-    """Return a line for each data set with operations of `dataset` on which an encoder's release was pretrained."""
+def pretraining_phrases(encoder: str, dataset: str) -> list[str]:
+    """Return phrases such as `pretrained on NAME (videos)` for data sets that have operations of `dataset`.
+
+    They are those on which the encoder's release was pretrained, `dataset` itself first.
+    """
     description = find_description(encoder)
-    lines = []
+    lines: list[str] = []
     for name, videos in (description.pretrained_on if description else {}).items():
         if name == dataset:
-            lines.append(f"{encoder} was pretrained on {name}: {videos}")
+            lines.insert(0, f"pretrained on {name} ({videos})")
         elif any(one.joins(name, dataset) for one in known_overlaps()):
-            lines.append(f"{encoder} was pretrained on {name}, which may share operations with {dataset}: {videos}")
+            lines.append(f"pretrained on {name} ({videos}), which may share operations with {dataset}")
     return lines
 
 

@@ -44,18 +44,18 @@ def require_features_of(encoder: Mapping[str, Any], config: Config, given: Given
 def preprocess_words(config: PreprocessConfig) -> str:
     """How frames are prepared, in words."""
     if config.short_side_px is None:
-        resized = f"resized to {_width_height(config.resize_px)}"
+        resized = f"resized to {_sides(config.resize_px)}"
     else:
-        kept = _width_height(config.resize_px)
+        kept = _sides(config.resize_px)
         resized = f"resized to {config.short_side_px} on the shorter side, of which the centre {kept} is kept"
-    crop = f", cropped to {_width_height(config.crop_px)}" if config.crop_px != config.resize_px else ""
+    crop = f", cropped to {_sides(config.crop_px)}" if config.crop_px != config.resize_px else ""
     mean, std = (", ".join(f"{value:g}" for value in values) for values in (config.mean, config.std))
     return f"{resized} ({config.interpolation}){crop}; mean {mean}, standard deviation {std}"
 
 
-def _width_height(size: Size) -> str:
+def _sides(size: Size) -> str:
     height, width = height_width(size)
-    return f"{width} x {height}"
+    return f"{height} x {width}" if height == width else f"height {height} and width {width}"
 
 
 def frames_note(config: Config) -> str | None:

@@ -12,9 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from configs.encoder_comparison import EncoderComparison
-from configs.encoder_spec import find_description
 from configs.errors import UserError
-from configs.load import known_overlaps, load_config
+from configs.load import load_config
 from configs.schema import CNN_FOLDER, Config
 from engine.device import choose_device, choose_precision
 from engine.files import read_json_object, sha256_json, write_json
@@ -23,6 +22,7 @@ from engine.runs import RESULT_FILE
 from engine.stopping import StopRequest
 from evaluation.encoders import EncoderFacts
 from features.dataset.index import Dataset, Index
+from features.dataset.overlaps import pretraining_phrases
 from features.dataset.splits import assign_splits
 from features.store import feature_path
 from features.store_folder import with_recorded_faults
@@ -251,14 +251,10 @@ def overlap_note(facts: EncoderFacts, dataset: str) -> str | None:
 
     Random weights and those of a run are not the release's.
     """
-    description = find_description(facts.backbone)
-    if description is None or facts.weights == "random" or facts.weights.startswith("run:"):
+    if facts.weights == "random" or facts.weights.startswith("run:"):
         return None
-    for name, videos in sorted(description.pretrained_on.items(), key=lambda one: one[0] != dataset):
-        if name == dataset or any(one.joins(name, dataset) for one in known_overlaps()):
-            same = "" if name == dataset else f", which may share operations with {dataset}"
-            return f"its release was pretrained on {name} ({videos}){same}, so its scores may be too good"
-    return None
+    seen = pretraining_phrases(facts.backbone, dataset)
+    return f"its release was {seen[0]}, so its scores may be too good" if seen else None
 
 
 def _finetuning_s(plan: Plan, encoder: str, folds: Sequence[int]) -> float:

@@ -631,12 +631,12 @@ def test_a_note_says_that_the_encoder_was_pretrained_on_the_data_set(
         title="", family="", network="", pretrained_on={"tiny": "videos 1 and 2", "other": "all videos"}
     )
     monkeypatch.setattr("features.dataset.overlaps.find_description", lambda name: described)
-    note = "note: shufflenet_v2_x0_5 was pretrained on tiny: videos 1 and 2; results on these videos are too good"
+    note = "its release was pretrained on tiny (videos 1 and 2); results on these videos are too good"
     dump(world)
     assert note not in capsys.readouterr().err  # its weights are random
     file = world.base / "weights.pth"
     torch.save(build_backbone("shufflenet_v2_x0_5", "random", 0).net.state_dict(), file)
     dump(world, world.set(cnn={"weights": str(file)}, extract={"encoder": "initial"}), run=world.run.with_name("other"))
     said = capsys.readouterr().err
-    assert note in said
+    assert f"note: shufflenet_v2_x0_5: {note}" in said
     assert "all videos" not in said

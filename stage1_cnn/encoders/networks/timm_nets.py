@@ -100,7 +100,8 @@ def about_size(net: nn.Module, height: int, width: int) -> str | None:
         return None
     step = int(patches.feat_ratio())  # pixels per patch
     if height % step or width % step:
-        near = " and ".join(str(step * (height // step + more)) for more in (0, 1) if height >= step or more)
+        sizes = [[step * (side // step + more * (side % step > 0)) for side in (height, width)] for more in (0, 1)]
+        near = " and ".join(_size(*size) for size in sizes if min(size) > 0)
         raise UserError(
             f"preprocess.crop_px={_size(height, width)}: must be a multiple of {step} pixels, the size of the patches "
             f"of cnn.backbone; the nearest are {near}"

@@ -133,12 +133,13 @@ def test_the_card_names_the_encoder_of_the_features(tmp_path, own):
         (
             "selfsupsurg_dino",
             "cholec80",
-            "**selfsupsurg\\_dino was pretrained on cholec80: videos 1 to 40, without their labels.**",
+            "**The release of selfsupsurg\\_dino was pretrained on cholec80 (videos 1 to 40, without their labels).** "
+            "Results on these videos are too good.",
         ),
         (
             "selfsupsurg_dino",
             "cholect50",
-            "pretrained on cholec80, which may share operations with cholect50: videos 1 to 40",
+            "without their labels), which may share operations with cholect50.** Results",
         ),
         ("selfsupsurg_dino", "pitvis", ""),
         ("resnet50", "cholec80", ""),

@@ -13,7 +13,10 @@ from features.frames.settings_match import frames_note, preprocess_words, say_fr
     ("values", "words"),
     [
         ({"resize_px": 224, "crop_px": 224}, "resized to 224 x 224 (bilinear); mean 0.3456, 0.2281, 0.2233, standard "),
-        ({"resize_px": [360, 640], "crop_px": 224}, "resized to 640 x 360 (bilinear), cropped to 224 x 224; mean"),
+        (
+            {"resize_px": [360, 640], "crop_px": 224},
+            "resized to height 360 and width 640 (bilinear), cropped to 224 ",
+        ),
         (
             {"short_side_px": 256, "resize_px": 224, "crop_px": 224, "interpolation": "bicubic"},
             "resized to 256 on the shorter side, of which the centre 224 x 224 is kept (bicubic); mean",

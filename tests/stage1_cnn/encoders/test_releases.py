@@ -602,7 +602,10 @@ def tensors_of(build: Callable[[], nn.Module]) -> State:
     """Random tensors with the names and shapes of a network."""
     with torch.device("meta"):
         own = build().state_dict()
-    return {name: random_tensor(name, tensor.shape) for name, tensor in own.items()}
+    return {
+        name: random_tensor(name, one.shape) if one.dtype.is_floating_point else torch.zeros((), dtype=one.dtype)
+        for name, one in own.items()
+    }
 
 
 def timm_file(network: str) -> State:
@@ -625,6 +628,21 @@ LOOKALIKES = {
         "lemonfm",
         lambda: prefixed("teacher.backbone.", tensors_of(torchvision.models.convnext_tiny)),
         r"under `teacher\.backbone\.`: features\.0\.0\.weight is 96x3x4x4, not 192x3x4x4 and .*of convnext_tiny:",
+    ),
+    "ViT-S": (
+        "endovit",
+        lambda: prefixed("model.", timm_file("vit_small_patch16_224")),
+        r"under `model\.`: cls_token is 1x1x384, not 1x1x768",
+    ),
+    "ResNet34": (
+        "selfsupsurg_dino",
+        lambda: prefixed("trunk.", tensors_of(torchvision.models.resnet34)),
+        r"under `trunk\.`: layer1\.0\.conv1\.weight is 64x64x3x3, not 64x64x1x1 and",
+    ),
+    "a wide ResNet50": (
+        "peskavlp",
+        lambda: tensors_of(torchvision.models.wide_resnet50_2),
+        r"layer1\.0\.conv1\.weight is 128x64x1x1, not 64x64x1x1 and",
     ),
 }
 

@@ -175,6 +175,8 @@ def test_interpolated_position_embeddings_are_announced(capsys: pytest.CaptureFi
     assert said == f"{TINY}: position embeddings are interpolated from images of 160 to 96 x 160 pixels\n"
     with pytest.raises(UserError, match=r"^preprocess.crop_px=150: must be a multiple of 16 .* are 144 and 160$"):
         require_image_size(backbone, 150)
+    with pytest.raises(UserError, match=r"crop_px=96 x 150: must be a multiple of 16 .* are 96 x 144 and 96 x 160$"):
+        require_image_size(backbone, (96, 150))
 
 
 def test_rotary_positions_are_not_interpolated(capsys: pytest.CaptureFixture[str]) -> None:
