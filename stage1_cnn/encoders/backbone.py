@@ -151,14 +151,13 @@ def require_image_size(backbone: Backbone, size_px: Size) -> None:
     They may be too small for it, and some transformers have a fixed size.
     """
     about_size = find_encoder(backbone.name).about_size
-    if about_size is not None and (note := about_size(backbone.net, *height_width(size_px))) is not None:
-        say(f"{backbone.name}: {note}")
+    note = about_size(backbone.net, *height_width(size_px)) if about_size is not None else None
     training = backbone.training
     device = next(backbone.parameters()).device
     try:
         with torch.inference_mode():
             embedding = backbone.eval()(torch.zeros(1, 3, *height_width(size_px), device=device))
-    except (RuntimeError, AssertionError, ValueError) as error:
+    except (RuntimeError, AssertionError, ValueError, IndexError) as error:
         raise UserError(
             f"cnn.backbone={backbone.name} cannot take images of preprocess.crop_px={size_text(size_px)} "
             f"({one_line(error)}); {_usual_size(backbone.name)}"
@@ -171,11 +170,13 @@ def require_image_size(backbone: Backbone, size_px: Size) -> None:
             f"cnn.backbone={backbone.name} gives {shape} for one image, not (1, {backbone.embedding_dim}); correct "
             "embedding_dim of its registry entry, or its forward"
         )
+    if note is not None:
+        say(f"{backbone.name}: {note}")
 
 
 def _usual_size(name: str) -> str:
     size = own_preprocess(name).get("crop_px")
-    return "most nets take 224" if size is None else f"its own size is {size}"
+    return "most nets take 224" if size is None else f"its own size is {size_text(size)}"
 
 
 def build_backbone(name: str, weights: str, seed: int, *, trusted: bool = False, runs: Path = Path("runs")) -> Backbone:

@@ -95,10 +95,14 @@ def about_size(net: nn.Module, height: int, width: int) -> str | None:
 
     Raises UserError if the patches of a vision transformer do not divide the size.
     """
-    patches = getattr(net, "patch_embed", None)
-    if patches is None or not getattr(net, "dynamic_img_size", False):
-        return None
-    step = int(patches.feat_ratio())  # pixels per patch
+    if not getattr(net, "dynamic_img_size", False):
+        config: Any = net.pretrained_cfg
+        made_for = tuple(config["input_size"][1:])
+        if not config.get("fixed_input_size") or made_for == (height, width):
+            return None
+        return f"made for images of {_size(*made_for)}, not {_size(height, width)} pixels"
+    patches: Any = net.patch_embed
+    step = int(patches.feat_ratio()) if hasattr(patches, "feat_ratio") else max(patches.patch_size)  # pixels per patch
     if height % step or width % step:
         sizes = [[step * (side // step + more * (side % step > 0)) for side in (height, width)] for more in (0, 1)]
         near = " and ".join(_size(*size) for size in sizes if min(size) > 0)

@@ -191,6 +191,18 @@ def test_a_network_of_one_size_names_it() -> None:
         require_image_size(backbone, 160)
 
 
+def test_a_network_made_for_one_size_that_takes_others_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    require_image_size(build_backbone("timm:crossvit_9_240", "random", 0), (96, 128))
+    assert capsys.readouterr().err == "timm:crossvit_9_240: made for images of 240, not 96 x 128 pixels\n"
+
+
+def test_windows_need_multiples_of_their_patches() -> None:
+    backbone = build_backbone("timm:swinv2_cr_tiny_ns_224", "random", 0)
+    require_image_size(backbone, 128)
+    with pytest.raises(UserError, match=r"multiple of 4 pixels"):
+        require_image_size(backbone, 130)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
