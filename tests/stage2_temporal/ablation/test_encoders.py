@@ -312,3 +312,10 @@ def test_an_encoder_that_has_seen_the_data_set_is_noted() -> None:
     assert note("surgenet_pvt_v2_b2", "cataracts") is None
     assert note("surgenet_pvt_v2_b2", "cholec80", "random") is None
     assert note("efficientnet_lite0", "cholec80", "imagenet") is None
+
+
+def test_the_shipped_comparison_has_images_of_one_size() -> None:
+    plan = Plan(load_encoder_comparison("encoders"), (), Path("runs/x"))
+    sizes = {plan.config(name).preprocess.model_dump_json() for name in plan.spec.encoders}
+    assert len(sizes) == 1
+    assert plan.config("lite2").preprocess.crop_px == 160
