@@ -22,10 +22,18 @@ from commands.doctor.machine import (
     check_shared_memory,
     examined,
 )
-from commands.doctor.settings import check_data, check_decoders, check_device, check_folders, check_weights, diagnose
+from commands.doctor.settings import (
+    check_data,
+    check_decoders,
+    check_device,
+    check_encoder,
+    check_folders,
+    check_weights,
+    diagnose,
+)
 from configs.errors import UserError
 from configs.load import load_config
-from configs.schema import DataConfig
+from configs.schema import Config, DataConfig
 from engine import device
 from features.dataset.build import build_index
 from features.dataset.sampling import sampled_frames
@@ -121,10 +129,10 @@ def test_settings_that_a_broken_package_cannot_read_are_a_finding(monkeypatch: p
 def test_a_package_that_cannot_be_imported_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.import_module
 
-    def fake(name: str, *rest: Any) -> Any:
+    def fake(name: str, *rest: Any, **options: Any) -> Any:
         if name in ("h5py", "decord"):
             raise OSError(f"lib{name}.so: cannot open shared object file")
-        return real(name, *rest)
+        return real(name, *rest, **options)
 
     monkeypatch.setattr(importlib, "import_module", fake)
     found = {finding.what: finding for finding in check_packages()}
@@ -402,3 +410,28 @@ def test_space_for_features_depends_on_backbone_and_storage(tmp_path: Path, monk
     assert sizes["resnet50", "float16"] - sizes["resnet18", "float16"] == frames * (2048 - 512) * 2
     assert sizes["resnet50", "float32"] - sizes["resnet50", "float16"] == frames * 2048 * 2
     assert list(check_folders(world.set(cnn={"backbone": "no such net"}))) == []
+
+
+def test_the_encoder_is_described_and_wrong_image_sizes_fail(tmp_path: Path) -> None:
+    world = make_world(tmp_path, tmp_path)
+    finding = only(check_encoder(world.set(cnn={"backbone": "resnet18"})))
+    assert (finding.level, finding.what) == ("ok", "encoder")
+    assert finding.found.startswith("resnet18, embeddings of dimension 512; frames resized to ")
+    lite = Config.model_validate({"cnn": {"backbone": "efficientnet_lite2"}})
+    finding = only(check_encoder(lite))
+    assert "embeddings of dimension 1280; frames for efficientnet_lite2: resized to 290 x 290" in finding.found
+    assert finding.found.endswith("; licence of its weights: Apache-2.0")
+    wrong = Config.model_validate({"cnn": {"backbone": "vit_b_32"}, "preprocess": {"resize_px": 64, "crop_px": 64}})
+    assert only(check_encoder(wrong)).level == "FAIL"
+    unknown = Config.model_validate({"cnn": {"backbone": "efficientnet_lite9"}})
+    assert "did you mean efficientnet_lite" in only(check_encoder(unknown)).found
+
+
+def test_released_weights_are_named_where_they_are_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SURGSTAGE_WEIGHTS", str(tmp_path))
+    config = Config.model_validate({"cnn": {"backbone": "lemonfm"}})
+    finding = only(check_weights(config))
+    assert finding.level == "FAIL"
+    assert "get lemonfm.pth from https://" in finding.found
+    (tmp_path / "lemonfm.pth").write_bytes(b"weights")
+    assert "lemonfm.pth (0 MB" in only(check_weights(config)).found

@@ -59,4 +59,4 @@ def test_the_example_takes_part_in_every_command(tmp_path: Path, forks: Forks) -
     assert refused.code == 2
     assert f"did you mean {NAME}?" in refused.last_line
     weights = forks.run(["train-cnn", *settings, "--name", "other", "--set", "cnn.weights=imagenet"], folder)
-    assert (weights.code, "has no ImageNet weights" in weights.last_line) == (2, True)
+    assert (weights.code, "has no published weights" in weights.last_line) == (2, True)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from safetensors.torch import save_file
 
 from configs import encoder_spec
 from configs.errors import UserError
@@ -117,3 +118,58 @@ def test_weights_of_another_known_encoder_are_called_that(release: Path, tmp_pat
     torch.save({"fc.weight": torch.zeros(7, 2048), "fc.bias": torch.zeros(7)}, tmp_path / "net.pth")
     with pytest.raises(UserError, match=r"318 tensors expected; the file has fc\.weight, fc\.bias\)$"):
         build_backbone("resnet50", str(tmp_path / "net.pth"), 0, trusted=True)
+
+
+FAMILIES_OF_ENCODERS = {
+    description.family: name
+    for name in sorted(encoder_spec.described_encoders(), reverse=True)
+    if (description := encoder_spec.find_description(name)) is not None
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES_OF_ENCODERS.values())
+def test_a_wrong_file_for_each_family_is_one_line_that_says_what_was_expected_and_what_it_fits(
+    name: str, tmp_path: Path
+) -> None:
+    """A network of another kind, and a classifier alone. Shapes are all that counts, so nothing is computed."""
+    wrong = {f"model.encoder.{key}": value for key, value in torchvision.models.resnet18().state_dict().items()}
+    torch.save({"state_dict": wrong}, tmp_path / "wrong.ckpt")
+    torch.save({"fc.weight": torch.zeros(7, 512), "fc.bias": torch.zeros(7)}, tmp_path / "head.pth")
+    for file, words in (
+        ("wrong.ckpt", "; they are weights of resnet18: choose that as the encoder, or another file"),
+        ("head.pth", "tensors expected; the file has fc.weight, fc.bias)"),
+    ):
+        with pytest.raises(UserError) as error, torch.device("meta"):
+            build_backbone(name, str(tmp_path / file), 0, trusted=True)
+        assert f"does not hold weights of {name} (" in str(error.value)
+        assert str(error.value).endswith(words)
+        assert "\n" not in str(error.value)
+
+
+def test_of_a_lightning_checkpoint_the_trained_weights_are_taken_and_not_their_running_average(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(3)
+    trained, average = (torchvision.models.shufflenet_v2_x0_5() for _ in range(2))
+    state = {f"model.encoder.{name}": value for name, value in trained.state_dict().items()}
+    state |= {f"ema_model.module.encoder.{name}": value for name, value in average.state_dict().items()}
+    moments = {0: {"exp_avg": torch.zeros(24, 3, 3, 3)}}
+    content = {"state_dict": state, "epoch": 3, "loops": {}, "optimizer_states": [{"state": moments}]}
+    torch.save(content, tmp_path / "last.ckpt")
+    backbone = build_backbone("shufflenet_v2_x0_5", str(tmp_path / "last.ckpt"), 0, trusted=True)
+    assert torch.equal(backbone.net.conv1[0].weight, trained.conv1[0].weight)
+    said = capsys.readouterr().err
+    assert "all 336 tensors of shufflenet_v2_x0_5 found under `state_dict.model.encoder.`" in said
+    assert "`state_dict.ema_model.module.encoder.` would fit too and was not taken" in said
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_weights_in_few_bits_are_read_and_mentioned(
+    tmp_path: Path, dtype: torch.dtype, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = torchvision.models.shufflenet_v2_x0_5().state_dict()
+    few = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
+    save_file(few, tmp_path / "net.safetensors")
+    backbone = build_backbone("shufflenet_v2_x0_5", str(tmp_path / "net.safetensors"), 0)
+    assert torch.equal(backbone.net.conv1[0].weight, few["conv1.0.weight"].float())
+    assert f"stored as {str(dtype).removeprefix('torch.')}" in capsys.readouterr().err
