@@ -11,6 +11,7 @@ import torchvision
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from configs.encoder_spec import described_encoders, find_description
 from configs.errors import UserError
 from engine.checkpoints import load_external_state
 from stage1_cnn.encoders.backbone import build_backbone
@@ -145,3 +146,14 @@ def test_a_file_of_another_network_is_one_line(encoder: str, tmp_path: Path) -> 
     assert "tensors expected; the file has conv1.weight" in said
     assert "they are weights of resnet18" in said
     assert "\n" not in said
+
+
+def test_descriptions_state_the_dimension() -> None:
+    names = [name for name in described_encoders() if name.startswith("dino")]
+    assert len(names) == 13
+    for name in names:
+        with torch.device("meta"):
+            found = build_backbone(name, "random", 0).embedding_dim
+        description = find_description(name)
+        assert description is not None
+        assert found == description.embedding_dim

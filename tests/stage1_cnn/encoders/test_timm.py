@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 import sys
 from pathlib import Path
@@ -18,9 +19,11 @@ from configs.encoder_spec import find_description
 from configs.errors import UserError
 from configs.load import load_config
 from configs.schema import CnnConfig, Config
+from features.store import read_features
 from stage1_cnn.encoders.backbone import build_backbone, require_image_size
 from stage1_cnn.encoders.encoder import Encoder
 from stage1_cnn.encoders.pretrained import settled_weights
+from tests.cli import succeed
 
 TINY = "timm:test_vit"  # timm's networks for tests: 160 pixels, patches of 16
 
@@ -229,6 +232,23 @@ def test_poolings_of_a_transformer(pooling: str) -> None:
         expected = {"": net(images), "@token": tokens[:, 0], "@mean": mean, "@both": both}[pooling]
         torch.testing.assert_close(backbone(images), expected)
     assert backbone.embedding_dim == expected.shape[1]
+
+
+def test_extract_with_a_file_at_another_size(shared_data: Path, tmp_path: Path) -> None:
+    for file in ("videos/video05.mp4", "phase_annotations/video05-phase.txt", "tool_annotations/video05-tool.txt"):
+        (tmp_path / "clip" / file).parent.mkdir(parents=True)
+        shutil.copyfile(shared_data / "clips" / file, tmp_path / "clip" / file)
+    source = timm.create_model("test_vit").eval()
+    save_file(source.state_dict(), tmp_path / "model.safetensors")
+    values = {"data.root": "clip", "data.split.rule": "1/0/0", "data.fps": 0.05, "device": "cpu", "extract.workers": 1}
+    values |= {"preprocess.crop_px": 96, "extract.precision": "fp32", "extract.storage": "float32"}
+    settings = [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
+    succeed(["index", *settings], tmp_path)
+    said = succeed(["extract", "--encoder", f"{TINY}@mean", "--weights", "model.safetensors", *settings], tmp_path)
+    assert f"tensors of {TINY}@mean found without a prefix" in said
+    assert said.count(f"{TINY}@mean: position embeddings are interpolated from images of 160 to 96 pixels\n") == 1
+    (file,) = (tmp_path / "artifacts/features").glob("*/video05.h5")
+    assert read_features(file).features.shape == (2, 64)
 
 
 # ----------------------------------------------------------------------------------------- many networks
