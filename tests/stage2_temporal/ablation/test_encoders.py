@@ -314,8 +314,7 @@ def test_an_encoder_that_has_seen_the_data_set_is_noted() -> None:
     assert note("efficientnet_lite0", "cholec80", "imagenet") is None
 
 
-def test_the_shipped_comparison_has_images_of_one_size() -> None:
+def test_the_shipped_comparison_prepares_frames_as_each_encoder_was_trained() -> None:
     plan = Plan(load_encoder_comparison("encoders"), (), Path("runs/x"))
-    sizes = {plan.config(name).preprocess.model_dump_json() for name in plan.spec.encoders}
-    assert len(sizes) == 1
-    assert plan.config("lite2").preprocess.crop_px == 160
+    sizes = {name: plan.config(name).preprocess.crop_px for name in plan.spec.encoders}
+    assert sizes == {"lite0": 224, "lite1": 240, "lite2": 260, "lite0-finetuned": 224}
