@@ -137,6 +137,13 @@ def test_weights_are_found_and_the_match_is_reported(tmp_path: Path, form: str) 
     assert "\n" not in said
 
 
+def test_counters_of_batch_norm_may_be_missing(tmp_path: Path) -> None:
+    mine = {name: t for name, t in weights().items() if not name.endswith("num_batches_tracked")}
+    found, said = find(tmp_path / "net.pth", {"loss": {"momentum": under("trunk.", weights(4))}, "trunk": mine})
+    assert found.state.keys() == {name for name in mine if not name.startswith("fc.")}
+    assert "under `trunk.`; `loss.momentum.trunk.` would fit too and was not taken" in said
+
+
 def test_a_backbone_says_where_its_weights_were(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     whole = torchvision.models.shufflenet_v2_x0_5()
     torch.save({"net": under("encoder.", whole.state_dict())}, tmp_path / "net.pth")
