@@ -37,7 +37,7 @@ _MAX_OBJECT_TYPES = 64  # a third-party file with more types of Python objects i
 _BUILTIN_TYPES = frozenset(
     {"dict", "list", "tuple", "int", "float", "str", "bool", "bytes", "frozenset", "object", "type", "range", "slice"}
 )
-_TUPLE_STATES = ("numpy.", "functools.partial", "torch._C.Generator")  # beginnings of names, see `_InertValue`
+_TUPLE_STATES = ("numpy.", "functools.partial")  # beginnings of names, see `_InertValue`
 _REMEDY = "load it where it was made and save model.state_dict()"
 _NOT_RUN = f"that could run any code; nothing in it was run: {_REMEDY}"
 

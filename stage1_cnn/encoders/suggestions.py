@@ -30,7 +30,7 @@ def suggestion(tensors: Mapping[str, Tensor], path: Path, build: Build) -> str:
     `build` returns the network of an encoder without its classifier, and the names of the layers that were removed.
     """
     fitting = [name for name in _near(tensors) if _fits(name, tensors, path, build)]
-    return f"; they are weights of {listed(fitting, 4)}: choose that as the encoder, or another file" if fitting else ""
+    return f"; they fit {listed(fitting, 4)}: choose that as the encoder, or another file" if fitting else ""
 
 
 def _near(tensors: Mapping[str, Tensor]) -> list[str]:

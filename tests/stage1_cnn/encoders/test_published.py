@@ -114,7 +114,7 @@ def test_weights_of_another_known_encoder_are_called_that(release: Path, tmp_pat
         build_backbone(NAME, str(tmp_path / "net.pth"), 0, trusted=True)
     assert f"does not hold weights of {NAME} (" in str(error.value)
     assert "336 tensors expected; the file has model.conv1.weight" in str(error.value)
-    assert str(error.value).endswith("; they are weights of resnet18: choose that as the encoder, or another file")
+    assert str(error.value).endswith("; they fit resnet18: choose that as the encoder, or another file")
     torch.save({"fc.weight": torch.zeros(7, 2048), "fc.bias": torch.zeros(7)}, tmp_path / "net.pth")
     with pytest.raises(UserError, match=r"318 tensors expected; the file has fc\.weight, fc\.bias\)$"):
         build_backbone("resnet50", str(tmp_path / "net.pth"), 0, trusted=True)
@@ -136,7 +136,7 @@ def test_a_wrong_file_for_each_family_is_one_line_that_says_what_was_expected_an
     torch.save({"state_dict": wrong}, tmp_path / "wrong.ckpt")
     torch.save({"fc.weight": torch.zeros(7, 512), "fc.bias": torch.zeros(7)}, tmp_path / "head.pth")
     for file, words in (
-        ("wrong.ckpt", "; they are weights of resnet18: choose that as the encoder, or another file"),
+        ("wrong.ckpt", "; they fit resnet18: choose that as the encoder, or another file"),
         ("head.pth", "tensors expected; the file has fc.weight, fc.bias)"),
     ):
         with pytest.raises(UserError) as error, torch.device("meta"):
