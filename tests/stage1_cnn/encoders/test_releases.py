@@ -622,12 +622,12 @@ XL = "surgenetxl_caformer_s18"
 LOOKALIKES = {
     "timm's StarReLU": (XL, lambda: timm_file("caformer_s18"), r"act1\.scale is unknown and"),
     "the release's StarReLU": (XL, with_star_relu, r"act1\.scale is unknown;"),
-    "the release's ReLU": ("timm:caformer_s18", lambda: random_tensors(CAFORMER.list), rf"missing.*weights of {XL}:"),
+    "the release's ReLU": ("timm:caformer_s18", lambda: random_tensors(CAFORMER.list), rf"missing.*they fit {XL}:"),
     "version 1": ("surgenet_convnextv2_tiny", lambda: timm_file("convnext_tiny"), r"grn\.weight is missing and"),
     "ConvNeXt-Tiny": (
         "lemonfm",
         lambda: prefixed("teacher.backbone.", tensors_of(torchvision.models.convnext_tiny)),
-        r"under `teacher\.backbone\.`: features\.0\.0\.weight is 96x3x4x4, not 192x3x4x4 and .*of convnext_tiny:",
+        r"under `teacher\.backbone\.`: features\.0\.0\.weight is 96x3x4x4, not 192x3x4x4 and .*they fit convnext_tiny:",
     ),
     "ViT-S": (
         "endovit",
