@@ -100,18 +100,18 @@ def is_own_index(folder: Path, index: Index) -> bool:
     return own.dataset == index.dataset.name and same and not missing
 
 
-def require_separate_split(folder: Path, index: Index, split: str, allow: bool, *, own: bool) -> None:
+def require_separate_split(folder: Path, index: Index, split: str, allow: bool, *, own: bool) -> bool:
     """Raise UserError as `require_separate` does if the weights in `folder` are tested on a split of an index.
 
-    In the run's `own` index (`is_own_index`), a user may ask for training videos, so only the videos of the test split
-    count.
+    Returns whether they are, which is allowed then. In the run's `own` index (`is_own_index`), a user may ask for
+    training videos, so only the videos of the test split count.
     """
     chosen = index.videos if split == "all" else index.by_split(split)
     tested = [entry for entry in chosen if not own or entry.split == "test"]
     trained, dataset = trained_on(folder), index.dataset.name
     if not (trained or own):
         say(f"note: {folder}: does not record its training videos, so videos of {dataset} may be among them")
-    require_separate(trained, dataset, _hashes(tested), str(folder), allow, own=own)
+    return require_separate(trained, dataset, _hashes(tested), str(folder), allow, own=own)
 
 
 def _hashes(entries: Iterable[VideoEntry]) -> dict[str, str]:

@@ -7,7 +7,7 @@ its features are extracted in each fold. What exists is not made again.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,9 +24,12 @@ from evaluation.encoders import EncoderFacts
 from features.dataset.index import Dataset, Index
 from features.dataset.overlaps import pretraining_phrases
 from features.dataset.splits import assign_splits
+from features.dataset.trained_on import is_own_index, require_separate_split
 from features.store import feature_path
 from features.store_folder import with_recorded_faults
 from stage1_cnn.encoders.backbone import initial_backbone, require_image_size
+from stage1_cnn.encoders.layers import layers_until
+from stage1_cnn.encoders.pretrained import weights_folders
 from stage1_cnn.extract import ExtractReport, ExtractRequest, extract, extract_each
 from stage1_cnn.model import weights_sha256
 from stage1_cnn.train import train_cnn
@@ -57,6 +60,7 @@ class Plan:
             "cnn.backbone": chosen.backbone,
             "cnn.weights": chosen.weights,
             "extract.encoder": "finetuned" if chosen.finetune else "initial",
+            "extract.checkpoint": None,
             **chosen.settings,
         }
         if fold is not None and self.spec.folds is not None:
@@ -106,6 +110,8 @@ def _facts(plan: Plan, encoder: str, trusted: bool) -> tuple[EncoderFacts, str]:
     try:
         backbone = initial_backbone(config, trusted=trusted)
         require_image_size(backbone, config.preprocess.crop_px)
+        if chosen.finetune and config.cnn.freeze_until is not None:
+            layers_until(backbone.get_submodule("net"), config.cnn.freeze_until)
     except UserError as error:
         raise UserError(f"encoder {encoder}: {error}") from error
     extract = config.extract.model_dump(include={"engine", "precision", "storage", "compile"})
@@ -125,7 +131,7 @@ def _facts(plan: Plan, encoder: str, trusted: bool) -> tuple[EncoderFacts, str]:
 
 
 def make_folds(plan: Plan, index: Index) -> dict[int, Index]:
-    """The index of each fold, by the fold's number; without folds, only the base settings' own.
+    """The index of each fold, by the fold's number; without folds, only the base settings' own. Nothing is written.
 
     A fold whose test videos are all left out is left out too. Raises UserError if there is nothing to train or test on.
     """
@@ -138,11 +144,15 @@ def make_folds(plan: Plan, index: Index) -> dict[int, Index]:
     for fold, one in kept.items():
         if not one.by_split("train"):
             raise UserError(f"{plan.base().data.index}: fold {fold} has no training videos; change folds or data.split")
-        if plan.spec.folds is not None:
-            one.save(plan.index_file(fold))
     if not kept:
         raise UserError(f"{plan.base().data.index}: no video is for testing; give folds in the file, or set data.split")
     return kept
+
+
+def save_folds(plan: Plan, folds: Mapping[int, Index]) -> None:
+    """Write the indexes that the settings of the folds name (`Plan.config`)."""
+    for fold, one in folds.items() if plan.spec.folds is not None else ():
+        one.save(plan.index_file(fold))
 
 
 def _split(plan: Plan, index: Index, fold: int) -> Index:
@@ -152,6 +162,40 @@ def _split(plan: Plan, index: Index, fold: int) -> Index:
     videos = tuple(entry.model_copy(update={"split": parts[entry.id]}) for entry in index.videos)
     left_out = tuple(one.model_copy(update={"split": parts.get(one.id, one.split)}) for one in index.left_out)
     return index.model_copy(update={"videos": videos, "left_out": left_out})
+
+
+# ---------------------------------------------------------------------------------------------- what encoders have seen
+
+
+def with_notes(plan: Plan, facts: EncoderFacts, encoder: str, index: Index, folds: Mapping[int, Index]) -> EncoderFacts:
+    """The facts with a note if the encoder has seen the videos of the data set or those that are tested.
+
+    Raises UserError if its weights were trained on a test video of some fold, unless `data.allow_overlap` is set.
+    """
+    config = plan.config(encoder)
+    tested = {one.id for fold in folds.values() for one in fold.by_split("test")}
+    notes = []
+    if _trained_on(config, encoder, index, tested):
+        notes.append("its weights were trained on test videos, so its scores are too good")
+    if (note := overlap_note(facts, index.dataset.name)) is not None:
+        notes.append(note)
+    calibrates = config.extract.precision == "int8" and not facts.finetuned
+    if calibrates and any(one.id in tested for one in index.by_split("train")):  # one net for all folds
+        notes.append("its int8 net was calibrated on frames (without labels) of videos that are tested in some fold")
+    return replace(facts, note="; ".join(notes) or None)
+
+
+def _trained_on(config: Config, encoder: str, index: Index, tested: Collection[str]) -> bool:
+    """Whether the initial weights were trained on `tested` videos. Raises UserError if so and it is not allowed."""
+    videos = [one.model_copy(update={"split": "test"}) if one.id in tested else one for one in index.videos]
+    all_folds = index.model_copy(update={"videos": tuple(videos)})
+    allow, found = config.data.allow_overlap, False
+    try:
+        for folder in weights_folders(config.cnn, config.runs):
+            found |= require_separate_split(folder, all_folds, "test", allow, own=is_own_index(folder, all_folds))
+    except UserError as error:
+        raise UserError(f"encoder {encoder}: {error}") from error
+    return found
 
 
 # ---------------------------------------------------------------------------------------------- features
@@ -229,7 +273,7 @@ def usable_everywhere(folds: Mapping[int, Index], folders: Mapping[str, Folders]
 
 
 def with_costs(plan: Plan, facts: EncoderFacts, encoder: str, folders: Folders, index: Index) -> EncoderFacts:
-    """The facts with the size of all videos' features, the speed of extraction, the time of fine-tuning, and a note."""
+    """The facts with the size of all videos' features, the speed of extraction, and the time of fine-tuning."""
     cost = _cost(plan.run(encoder) / _COST_FILE)
     sizes = [sum(feature_path(folder, one.id).stat().st_size for one in index.videos) for folder in folders.values()]
     return replace(
@@ -238,7 +282,6 @@ def with_costs(plan: Plan, facts: EncoderFacts, encoder: str, folders: Folders, 
         frames_per_s=_rate(cost[0], cost[1] + cost[2]) if cost else None,
         encoded_per_s=_rate(cost[0], cost[2]) if cost else None,
         finetuning_s=_finetuning_s(plan, encoder, list(folders)) if facts.finetuned else None,
-        note=overlap_note(facts, index.dataset.name),
     )
 
 

@@ -55,8 +55,10 @@ from stage2_temporal.ablation.encoder_features import (
     check_plan,
     make_features,
     make_folds,
+    save_folds,
     usable_everywhere,
     with_costs,
+    with_notes,
 )
 from stage2_temporal.ablation.run import GpuTurn, StopWithParent, gpus_in_sight, trainings_at_once
 from stage2_temporal.data import TrainingData, read_training_data
@@ -204,10 +206,12 @@ def compare(plan: Plan, *, workers: int = -1, stop: StopRequest, trusted: bool =
     base = plan.base()
     facts = check_plan(plan, trusted)
     dataset = open_dataset(base)
+    folds = make_folds(plan, dataset.index)
+    facts = {name: with_notes(plan, known, name, dataset.index, folds) for name, known in facts.items()}
     identity = _identity(plan, base, dataset.index)
     with exclusive_lock(plan.folder, "comparison"):
         StageFolder(plan.folder.parent, plan.folder.name, base, identity).open()
-        folds = make_folds(plan, dataset.index)
+        save_folds(plan, folds)
         folders, failed = make_features(plan, dataset, folds, stop, trusted)
         folds = usable_everywhere(folds, folders)
         trainings: list[Training] = []

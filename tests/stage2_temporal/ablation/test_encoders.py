@@ -22,7 +22,7 @@ from evaluation.files.predictions import read_prediction_csv
 from features.dataset.index import Index
 from features.store import read_features
 from stage2_temporal.ablation import encoders as encoders_module
-from stage2_temporal.ablation.encoder_features import Plan, overlap_note
+from stage2_temporal.ablation.encoder_features import Plan, make_folds, overlap_note, with_notes
 from stage2_temporal.ablation.encoders import compare
 from tests.cli import run, succeed
 from tests.stage1_cnn.material import FRAMES, SPEC, paint, write_labels
@@ -278,6 +278,12 @@ FROZEN: dict[str, Any] = ENCODERS["frozen"]
         ({"encoders": {"a": {"backbone": "resnet81"}}}, [], "encoder a: .*resnet81"),
         ({"encoders": {"a": {**FROZEN, "weights": "w.pt"}}}, [], "encoder a: cnn.weights=w.pt: no such file"),
         (
+            {"encoders": {"a": {**ENCODERS["tuned"], "settings": {"cnn.freeze_until": "stage9"}}}},
+            [],
+            r"encoder a: cnn\.freeze_until=stage9: not a layer that can be named",
+        ),
+        ({}, ["extract.checkpoint=best.pt"], "extract.checkpoint: given both as"),
+        (
             {"encoders": {"a": {**FROZEN, "settings": {"preprocess.crop_px": 99}}}},
             [],
             "the settings of encoder a: preprocess: crop_px 99 is larger than resize_px 40",
@@ -298,6 +304,54 @@ def test_what_cannot_be_compared_is_one_line(
         again(place, *overrides, name="x")
     assert "\n" not in str(caught.value)
     assert times(place) == before
+    assert not (place / "runs/x/config.yaml").exists()  # so that the corrected file can have the same name
+
+
+TRAINED = {"backbone": "shufflenet_v2_x0_5", "weights": "runs/both/encoders/tuned/fold0/cnn/best.pt"}
+
+
+@pytest.mark.parametrize("changes", [{}, {"folds": None}, {"encoders": {"a": {**TRAINED, "finetune": True}}}])
+def test_weights_that_were_trained_on_test_videos_are_refused_before_any_work(
+    place: Path, changes: dict[str, Any]
+) -> None:
+    write_file(place, **{"encoders": {"a": TRAINED}, **changes})
+    before = times(place)
+    expected = (
+        r"^encoder a: \S*fold0.cnn: trained on video0[34] of tiny.*; test on other videos .* data\.allow_overlap=true"
+    )
+    with pytest.raises(UserError, match=expected):
+        again(place, name="x")
+    assert times(place) == before
+    assert not (place / "runs/x").exists()
+
+
+def notes(place: Path, *overrides: str, **encoder: Any) -> str | None:
+    write_file(place, encoders={"a": {**TRAINED, **encoder}})
+    plan, index = (
+        Plan(load_encoder_comparison("both.yaml"), overrides, Path("runs/x")),
+        Index.load(place / "index.json"),
+    )
+    facts = EncoderFacts(
+        backbone=TRAINED["backbone"],
+        weights=plan.spec.encoders["a"].weights,
+        finetuned=plan.spec.encoders["a"].finetune,
+        crop_px=32,
+        embedding_dim=1024,
+        parameters=1,
+    )
+    return with_notes(plan, facts, "a", index, make_folds(plan, index)).note
+
+
+def test_the_result_says_that_an_encoder_has_seen_test_videos(place: Path) -> None:
+    allowed = "data.allow_overlap=true"
+    expected = "its weights were trained on test videos, so its scores are too good"
+    assert notes(place, allowed) == notes(place, allowed, finetune=True) == expected
+    assert notes(place, weights="random") is None
+    int8 = {"weights": "random", "settings": {"extract.engine": "openvino", "extract.precision": "int8"}}
+    assert "its int8 net was calibrated on frames (without labels) of videos that are tested" in (
+        notes(place, **int8) or ""
+    )
+    assert notes(place, **int8, finetune=True) is None  # calibrated on each fold's own training videos
 
 
 def test_an_encoder_that_has_seen_the_data_set_is_noted() -> None:
