@@ -60,7 +60,6 @@ class Plan:
             "cnn.backbone": chosen.backbone,
             "cnn.weights": chosen.weights,
             "extract.encoder": "finetuned" if chosen.finetune else "initial",
-            "extract.checkpoint": None,
             **chosen.settings,
         }
         if fold is not None and self.spec.folds is not None:
@@ -86,7 +85,13 @@ class Plan:
 
 def check_plan(plan: Plan, trusted: bool) -> dict[str, EncoderFacts]:
     """What is known of each encoder before any work. Raises UserError for wrong settings or weights."""
-    device = choose_device(plan.base().device)
+    base = plan.base()
+    if base.extract.checkpoint is not None:
+        raise UserError(
+            f"extract.checkpoint={base.extract.checkpoint}: would replace the encoders that are compared; set it to "
+            "null, and give the file as weights of an encoder to compare it"
+        )
+    device = choose_device(base.device)
     for encoder in plan.spec.encoders:
         for head in plan.spec.heads:
             require_arithmetic(plan.config(encoder, head=head, seed=plan.spec.seeds[0]).temporal, device)

@@ -282,7 +282,7 @@ FROZEN: dict[str, Any] = ENCODERS["frozen"]
             [],
             r"encoder a: cnn\.freeze_until=stage9: not a layer that can be named",
         ),
-        ({}, ["extract.checkpoint=best.pt"], "extract.checkpoint: given both as"),
+        ({}, ["extract.checkpoint=best.pt"], r"^extract\.checkpoint=best\.pt: would replace the encoders"),
         (
             {"encoders": {"a": {**FROZEN, "settings": {"preprocess.crop_px": 99}}}},
             [],
