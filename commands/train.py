@@ -74,7 +74,8 @@ def extract(
     """Compute one embedding per frame, in one HDF5 file per video.
 
     By default the encoder is the CNN that train-cnn has trained under this name. --encoder names another one, which is
-    used as it is; frames are then resized and normalised as that encoder documents.
+    used as it is; frames are then resized and normalised as that encoder documents, unless --set preprocess.* or a
+    settings file for that very encoder says otherwise.
 
     The file also contains tool logits and labels. Files that exist and pass verification are skipped, so a second start
     only computes what is missing. If a video is damaged, it is reported, the others are extracted, and the exit code is
@@ -89,6 +90,10 @@ def extract(
         raise UserError("--weights: belongs to --encoder NAME; name the encoder whose weights these are")
     if encoder is not None:
         options.refuse("--encoder", options.given("joint_run"))
+        if (other := settings.config.extract.checkpoint) is not None:
+            raise UserError(
+                f"--encoder: the settings name another one, extract.checkpoint={other}; leave one of them out"
+            )
     checkpoint = settings.joint_checkpoint(joint_run)
     frozen = {"cnn.backbone": encoder, "cnn.weights": weights, "extract.encoder": encoder and "initial"}
     config = settings.changed({"data.index": index_file, "extract.checkpoint": checkpoint, **frozen})

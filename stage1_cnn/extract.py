@@ -8,7 +8,7 @@ them, because batches always begin at the same sample numbers and a CPU always a
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,12 +52,14 @@ SHARDS = "shards"  # folder with the report of each shard
 class ExtractRequest:
     """One encoder to extract features with: its settings, and the run whose encoder it is or that uses the features.
 
-    `folder` is where the features go, by default `<extract.store>/<backbone>-<digest12>`.
+    `folder` is where the features go, by default `<extract.store>/<backbone>-<digest12>`. `require` is called with the
+    encoder's specification before anything is read or written, and raises UserError for an encoder that is not wanted.
     """
 
     config: Config
     run: Path | None = None
     folder: Path | None = None
+    require: Callable[[EncoderSpec], None] | None = None
 
 
 def extract(
@@ -67,11 +69,12 @@ def extract(
     *,
     shard: tuple[int, int] = (0, 1),
     folder: Path | None = None,
+    require: Callable[[EncoderSpec], None] | None = None,
     stop: StopRequest,
     trusted: bool = False,
 ) -> ExtractReport:
     """Write the features of every video of the index with one encoder; see `extract_each`."""
-    request = ExtractRequest(config, run, folder)
+    request = ExtractRequest(config, run, folder, require)
     return extract_each([request], dataset, shard=shard, stop=stop, trusted=trusted)[0]
 
 
@@ -162,6 +165,8 @@ class _Extraction:
         identity = _identity(config, self.index)
         self.stage = StageFolder(run, EXTRACT_FOLDER, config, identity) if run and needs_result else None
         self.encoder = load_encoder(config, run, dataset.spec.tools, trusted, FromTrainingFrames(config, dataset))
+        if request.require is not None:
+            request.require(self.encoder.spec)
         self.inherited = inherited_from(_folders_of_weights(config, run), self.index, config.data.allow_overlap)
         if config.cnn.weights != "random":
             for seen in pretraining_phrases(config.cnn.backbone, self.index.dataset.name):

@@ -24,15 +24,23 @@ from evaluation.metrics.results import HEAD, METRICS_FILE, Evaluation, read_eval
 from features.dataset.catalogue import known_root, say_left_out
 from features.dataset.index import Index
 from features.dataset.trained_on import is_own_index, require_separate_split
-from features.frames.preprocess import require_extracted
+from features.frames.preprocess import preprocess_from_json, require_extracted
 from features.frames.settings_match import require_features_of
-from features.store import VideoFeatures, feature_path, recorded_encoder
-from features.store_folder import INDEX_FILE, find_feature_folder, load_feature_set, usable_index, with_recorded_faults
+from features.store import EncoderSpec, VideoFeatures, feature_path, recorded_encoder
+from features.store_folder import (
+    ENCODER_FILE,
+    INDEX_FILE,
+    find_feature_folder,
+    load_feature_set,
+    usable_index,
+    with_recorded_faults,
+)
 from stage2_temporal.data import require_tracks
 from stage2_temporal.mapped import PhaseMapping
 from stage2_temporal.predict import (
     FRAME_FOLDER,
     TemporalAbout,
+    as_trained,
     chosen_inference,
     load_temporal,
     other_encoder,
@@ -168,11 +176,16 @@ class _Source:
         if self.features is not None:
             return self.features, with_recorded_faults(_index_in(index_file), self.features)
         require_extracted((about.encoder or {}).get("preprocess"), str(self.run / TEMPORAL_FOLDER / BEST_FILE))
-        changed: dict[str, Any] = {"data": self.config.data.model_copy(update={"index": index_file})}
+        config = _as_in_training(self.config, about, str(self.run / TEMPORAL_FOLDER / BEST_FILE))
+        changed: dict[str, Any] = {"data": config.data.model_copy(update={"index": index_file})}
         if self.mapping and not about.tool_inputs:
-            changed["extract"] = self.config.extract.model_copy(update={"tool_head": False})
-        config = self.config.model_copy(update=changed)
-        report = extract(config, self.run, open_dataset(config), folder=folder, stop=stop)
+            changed["extract"] = config.extract.model_copy(update={"tool_head": False})
+        config = config.model_copy(update=changed)
+
+        def require(spec: EncoderSpec) -> None:
+            _require_encoder(about, {**spec.to_json(), "digest": spec.digest}, self.run, folder)
+
+        report = extract(config, self.run, open_dataset(config), folder=folder, require=require, stop=stop)
         report.require_others_done()
         return report.folder, usable_index(report.folder)
 
@@ -183,6 +196,30 @@ class _Source:
     def _require_separate(self, index: Index, *, own: bool) -> None:
         allow = self.config.data.allow_overlap
         require_separate_split(self.run / TEMPORAL_FOLDER, index, self.split, allow, own=own)
+
+
+def _as_in_training(config: Config, about: TemporalAbout, where: str) -> Config:
+    """The settings, with the preprocessing, sampling rate and backbone of the features of the training."""
+    made = about.encoder
+    if not made:
+        return config
+    preprocess = preprocess_from_json(made["preprocess"], where)
+    return as_trained(config, preprocess, made["fps"], made["backbone"], made.get("storage"))
+
+
+def _require_encoder(about: TemporalAbout, found: Mapping[str, Any], run: Path, folder: Path) -> None:
+    """Raise UserError unless the encoder `found` made the features of the training, and those in `folder` if any."""
+    difference = _other_encoder(about, found)
+    if difference:
+        raise UserError(
+            f"{run / TEMPORAL_FOLDER / BEST_FILE}: trained on features of another encoder than the settings name "
+            f"({difference}); give the settings of its encoder: extract.encoder, cnn.weights or extract.checkpoint"
+        )
+    known = folder / ENCODER_FILE
+    if known.is_file() and read_json_object(known).get("digest") != found["digest"]:
+        raise UserError(
+            f"{folder}: holds features of another encoder than this run's; delete this folder and try again"
+        )
 
 
 def _load(folder: Path, index: Index, split: str) -> dict[str, VideoFeatures]:
@@ -241,15 +278,20 @@ def _require_compatible(
         _require_same_tracks(about, folder, index, videos, temporal)
     if about.tool_inputs:
         require_same_classes(temporal, "tools", about.tool_inputs, index.dataset.tools, folder / INDEX_FILE)
-    found = _encoder(videos)["digest"]  # `load_feature_set` has checked that all videos have the same
-    if found == about.encoder_digest:
-        return
-    difference = other_encoder(about.encoder, _encoder(videos)) if about.encoder else "best.pt does not say how"
+    found = _encoder(videos)  # `load_feature_set` has checked that all videos have the same
+    difference = _other_encoder(about, found)
     if difference:
         raise UserError(
-            f"{folder}: features of encoder {found[:12]}, but {temporal} was trained on features of encoder "
+            f"{folder}: features of encoder {found['digest'][:12]}, but {temporal} was trained on features of encoder "
             f"{about.encoder_digest[:12]} ({difference}); name the right folder with --features"
         )
+
+
+def _other_encoder(about: TemporalAbout, found: Mapping[str, Any]) -> str | None:
+    """How the encoder `found` (a description and its digest) differs from that of the training, if it does."""
+    if found["digest"] == about.encoder_digest:
+        return None
+    return other_encoder(about.encoder, found) if about.encoder else "best.pt does not say how"
 
 
 def _identity(

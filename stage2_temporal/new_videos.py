@@ -22,7 +22,7 @@ from torch import Tensor
 from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError
 from configs.load import NO_KEYS, GivenKeys, load_dataset
-from configs.schema import CNN_FOLDER, JOINT_FOLDER, TEMPORAL_FOLDER, Config, Inference, PreprocessConfig
+from configs.schema import CNN_FOLDER, JOINT_FOLDER, TEMPORAL_FOLDER, Config, Inference
 from engine.device import start_stage
 from engine.files import atomic_path, inside, make_folder, read_json, sha256_file, write_json, write_text
 from engine.memory import needs_gpu_memory
@@ -55,7 +55,7 @@ from stage1_cnn.encoders.encoder import load_encoder
 from stage2_temporal.data import with_tool_logits
 from stage2_temporal.heads.base import require_causal
 from stage2_temporal.model import PhaseModel
-from stage2_temporal.predict import OnlinePredictor, chosen_inference, load_temporal, other_encoder
+from stage2_temporal.predict import OnlinePredictor, as_trained, chosen_inference, load_temporal, other_encoder
 from stage2_temporal.tool_probe import fitting_tool_probe
 
 # Encodes fast, with sufficient quality: the annotated video illustrates a prediction and is not an archive.
@@ -149,10 +149,10 @@ def pair_of_stages(
     except UserError as error:
         raise _with_other_ways(error, run, cnn_run) from error
     if difference := other_encoder(recorded, encoder.spec.to_json()):
-        raise UserError(
-            f"{folder / 'best.pt'}: trained on features of another encoder ({difference}); name the run "
-            "whose net made the features: --from-cnn or --from-joint"
-        )
+        as_it_is = config.extract.checkpoint is None and config.extract.encoder == "initial"
+        run_of_net = "name the run whose net made the features: --from-cnn or --from-joint"
+        todo = "give the weights that its encoder had: cnn.weights" if as_it_is else run_of_net
+        raise UserError(f"{folder / 'best.pt'}: trained on features of another encoder ({difference}); {todo}")
     if about.tool_inputs:
         require_same_classes(folder / BEST_FILE, "tools", about.tool_inputs, spec.tools, spec.name)
     made_now = encoder.spec
@@ -184,24 +184,6 @@ def _with_other_ways(error: UserError, run: Path, cnn_run: Path | None) -> UserE
     return UserError(
         f"{error}; this run also has a joint net: add --model joint to predict with it or, if the features came from "
         f"its backbone, --from-joint {run.name}"
-    )
-
-
-def as_trained(
-    config: Config, preprocess: PreprocessConfig, fps: float, backbone: str, storage: str | None = None
-) -> Config:
-    """The settings, with the training's preprocessing, sampling rate, backbone and type of stored features.
-
-    `storage` None keeps the type of stored features that `config` has.
-    """
-    extract = config.extract.model_copy(update={"storage": storage or config.extract.storage})
-    return config.model_copy(
-        update={
-            "preprocess": preprocess,
-            "data": config.data.model_copy(update={"fps": float(fps)}),
-            "cnn": config.cnn.model_copy(update={"backbone": backbone}),
-            "extract": extract,
-        }
     )
 
 

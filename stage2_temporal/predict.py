@@ -14,7 +14,7 @@ from torch import Tensor
 
 from configs.errors import UserError, one_line
 from configs.load import differences
-from configs.schema import MAIN_TRACK, HeadConfig, Inference
+from configs.schema import MAIN_TRACK, Config, HeadConfig, Inference, PreprocessConfig
 from engine.checkpoints import load_checkpoint
 from engine.device import choose_device
 from engine.progress import say
@@ -127,6 +127,24 @@ def other_encoder(trained: Mapping[str, Any], found: Mapping[str, Any]) -> str |
         then, now = (f"{spec['precision']} ({spec['arithmetic']})" for spec in (trained, found))
         say(f"note: the training's features were computed in {then}, these are computed in {now}")
     return None
+
+
+def as_trained(
+    config: Config, preprocess: PreprocessConfig, fps: float, backbone: str, storage: str | None = None
+) -> Config:
+    """The settings, with the training's preprocessing, sampling rate, backbone and type of stored features.
+
+    `storage` None keeps the type of stored features that `config` has.
+    """
+    extract = config.extract.model_copy(update={"storage": storage or config.extract.storage})
+    return config.model_copy(
+        update={
+            "preprocess": preprocess,
+            "data": config.data.model_copy(update={"fps": float(fps)}),
+            "cnn": config.cnn.model_copy(update={"backbone": backbone}),
+            "extract": extract,
+        }
+    )
 
 
 def predict_phases(

@@ -85,6 +85,28 @@ def test_another_data_set_is_scored_with_the_probe(place: Path) -> None:
     assert metrics["tools"]["map_pooled"] > 0
     assert metrics["tool_probe"]["c"] > 0
 
+    # the backbone and its frames follow the training, whatever the settings say
+    tree = yaml.safe_load((place / "frozen.yaml").read_text()) | {"preprocess": {"resize_px": 96, "crop_px": 96}}
+    del tree["cnn"]["backbone"]
+    (place / "default.yaml").write_text(yaml.safe_dump(tree))
+    again = ["evaluate", "--config", "default.yaml", "--name", "frozen", *there, "--index", "other.json"]
+    assert "evaluate/other-test" in succeed(again, place)
+
+    # other weights are refused before a frame is read, and leave nothing behind
+    line = refuse([*again[:-1], "other.json", "--set", "seed=7", "--split", "val"], place)
+    assert "trained on features of another encoder than the settings name (weights_sha256: " in line
+    assert "extract.encoder, cnn.weights" in line
+    assert not (place / "runs/frozen/evaluate/other-val").exists()
+
+    # features of an encoder that is not the run's any more
+    folder = place / "runs/frozen/evaluate/other-test/features"
+    encoder = json.loads((folder / "encoder.json").read_text())
+    (folder / "encoder.json").write_text(json.dumps(encoder | {"digest": "0" * 64}))
+    assert refuse(again, place).endswith(
+        "evaluate/other-test/features: holds features of another encoder than this "
+        "run's; delete this folder and try again"
+    )
+
 
 def test_without_a_probe_a_note_says_what_to_do(place: Path, tmp_path: Path) -> None:
     """And features of a run without one are evaluated as before; a damaged probe is one line."""
@@ -99,3 +121,9 @@ def test_without_a_probe_a_note_says_what_to_do(place: Path, tmp_path: Path) -> 
     metrics = json.loads((tmp_path / "work/runs/frozen/evaluate/test/metrics.json").read_text())
     assert metrics["tools"] is None
     assert "tool_probe" not in metrics
+
+
+def test_two_encoders_in_one_command_are_refused(place: Path) -> None:
+    chosen = ["--encoder", "resnet18", "--weights", "random", "--set", "extract.checkpoint=joint.pt"]
+    line = refuse(["extract", *FROZEN, *chosen], place)
+    assert line.endswith("--encoder: the settings name another one, extract.checkpoint=joint.pt; leave one of them out")

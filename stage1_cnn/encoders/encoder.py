@@ -195,7 +195,8 @@ def _load_finetuned(config: Config, run: Path | None, tools: Sequence[str]) -> T
     try:
         path = best_checkpoint(run)
     except UserError as error:
-        raise UserError(f"{error} (or set extract.encoder=initial for the backbone without fine-tuning)") from error
+        other = "set extract.encoder=initial, and its cnn.weights, for the backbone without fine-tuning"
+        raise UserError(f"{error} (or {other})") from error
     net, about = rebuild_from_checkpoint(path)
     require_same_backbone(path, about.backbone, config.cnn.backbone)
     _require_same_tools(config, path, about.tools, tools)

@@ -18,8 +18,8 @@ from engine.runs import require_same_classes
 from features.frames.preprocess import crop_frames, normalise
 from features.frames.settings_match import require_preprocess_of
 from stage2_temporal.joint.net import joint_checkpoint, load_joint
-from stage2_temporal.new_videos import Recogniser, as_trained
-from stage2_temporal.predict import chosen_inference
+from stage2_temporal.new_videos import Recogniser
+from stage2_temporal.predict import as_trained, chosen_inference
 
 
 def joint_net(config: Config, run: Path, inference: Inference | None = None, given: GivenKeys = NO_KEYS) -> Recogniser:
