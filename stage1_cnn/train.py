@@ -15,8 +15,9 @@ import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
 
+from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError
-from configs.schema import CNN_FOLDER, Config
+from configs.schema import CNN_FOLDER, CnnConfig, Config
 from engine.device import make_accelerator, say_few_cores, seed_everything, start_stage
 from engine.memory import needs_gpu_memory
 from engine.processes import Processes, join
@@ -128,6 +129,12 @@ def identity(config: Config, index: Index) -> StageIdentity:
     )
 
 
+def require_classes(cnn: CnnConfig, spec: DataSetSpec) -> None:
+    """Raise UserError if the data set has nothing that the net could be trained on."""
+    if not spec.tools and not cnn.phase_head:
+        raise UserError(f"data set {spec.name} has no tools; set cnn.phase_head=true to train on phases")
+
+
 def load_frames(config: Config, dataset: Dataset) -> FrameData:
     """The labelled training and validation frames, without decoding them.
 
@@ -135,8 +142,7 @@ def load_frames(config: Config, dataset: Dataset) -> FrameData:
     """
     cnn, index = config.cnn, dataset.index
     require_training_videos(config, index)
-    if not dataset.spec.tools and not cnn.phase_head:
-        raise UserError(f"data set {dataset.spec.name} has no tools; set cnn.phase_head=true to train on phases")
+    require_classes(cnn, dataset.spec)
     train, val = (labelled_frames(config, dataset, index.by_split(split), cnn.phase_head) for split in ("train", "val"))
     if not len(train):
         wanted = "tool or phase" if cnn.phase_head else "tool"

@@ -32,7 +32,7 @@ from stage1_cnn.encoders.layers import layers_until
 from stage1_cnn.encoders.pretrained import weights_folders
 from stage1_cnn.extract import ExtractReport, ExtractRequest, extract, extract_each
 from stage1_cnn.model import weights_sha256
-from stage1_cnn.train import train_cnn
+from stage1_cnn.train import require_classes, train_cnn
 from stage2_temporal.train import require_arithmetic
 
 Folders = Mapping[int, Path]  # the feature folder of each fold
@@ -169,19 +169,25 @@ def _split(plan: Plan, index: Index, fold: int) -> Index:
     return index.model_copy(update={"videos": videos, "left_out": left_out})
 
 
-# ---------------------------------------------------------------------------------------------- what encoders have seen
+# ---------------------------------------------------------------------------------------------- encoders and videos
 
 
 def with_notes(plan: Plan, facts: EncoderFacts, encoder: str, index: Index, folds: Mapping[int, Index]) -> EncoderFacts:
     """The facts with a note if the encoder has seen the videos of the data set or those that are tested.
 
-    Raises UserError if its weights were trained on a test video of some fold, unless `data.allow_overlap` is set.
+    Raises UserError if it starts from weights that were trained on a test video of some fold, unless
+    `data.allow_overlap` is set, or if it is to be fine-tuned and the data set has no classes for that.
     """
     config = plan.config(encoder)
     tested = {one.id for fold in folds.values() for one in fold.by_split("test")}
     notes = []
-    if _trained_on(config, encoder, index, tested):
-        notes.append("its weights were trained on test videos, so its scores are too good")
+    try:
+        if facts.finetuned:
+            require_classes(config.cnn, index.dataset)
+        if _trained_on(config, index, tested):
+            notes.append("starts from weights that were trained on test videos, so its scores are too good")
+    except UserError as error:
+        raise UserError(f"encoder {encoder}: {error}") from error
     if (note := overlap_note(facts, index.dataset.name)) is not None:
         notes.append(note)
     calibrates = config.extract.precision == "int8" and not facts.finetuned
@@ -190,16 +196,13 @@ def with_notes(plan: Plan, facts: EncoderFacts, encoder: str, index: Index, fold
     return replace(facts, note="; ".join(notes) or None)
 
 
-def _trained_on(config: Config, encoder: str, index: Index, tested: Collection[str]) -> bool:
-    """Whether the initial weights were trained on `tested` videos. Raises UserError if so and it is not allowed."""
+def _trained_on(config: Config, index: Index, tested: Collection[str]) -> bool:
+    """Whether weights that the trainings start from know `tested` videos. Raises UserError if that is not allowed."""
     videos = [one.model_copy(update={"split": "test"}) if one.id in tested else one for one in index.videos]
     all_folds = index.model_copy(update={"videos": tuple(videos)})
-    allow, found = config.data.allow_overlap, False
-    try:
-        for folder in weights_folders(config.cnn, config.runs):
-            found |= require_separate_split(folder, all_folds, "test", allow, own=is_own_index(folder, all_folds))
-    except UserError as error:
-        raise UserError(f"encoder {encoder}: {error}") from error
+    head, allow, found = config.temporal.start_from, config.data.allow_overlap, False
+    for folder in (*weights_folders(config.cnn, config.runs), *([] if head is None else [head.parent])):
+        found |= require_separate_split(folder, all_folds, "test", allow, own=is_own_index(folder, all_folds))
     return found
 
 

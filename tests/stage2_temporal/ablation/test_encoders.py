@@ -310,9 +310,17 @@ def test_what_cannot_be_compared_is_one_line(
 TRAINED = {"backbone": "shufflenet_v2_x0_5", "weights": "runs/both/encoders/tuned/fold0/cnn/best.pt"}
 
 
-@pytest.mark.parametrize("changes", [{}, {"folds": None}, {"encoders": {"a": {**TRAINED, "finetune": True}}}])
+@pytest.mark.parametrize(
+    ("changes", "overrides"),
+    [
+        ({}, []),
+        ({"folds": None}, []),
+        ({"encoders": {"a": {**TRAINED, "finetune": True}}}, []),
+        ({"encoders": {"a": FROZEN}}, [f"temporal.start_from={TRAINED['weights']}"]),
+    ],
+)
 def test_weights_that_were_trained_on_test_videos_are_refused_before_any_work(
-    place: Path, changes: dict[str, Any]
+    place: Path, changes: dict[str, Any], overrides: list[str]
 ) -> None:
     write_file(place, **{"encoders": {"a": TRAINED}, **changes})
     before = times(place)
@@ -320,8 +328,18 @@ def test_weights_that_were_trained_on_test_videos_are_refused_before_any_work(
         r"^encoder a: \S*fold0.cnn: trained on video0[34] of tiny.*; test on other videos .* data\.allow_overlap=true"
     )
     with pytest.raises(UserError, match=expected):
-        again(place, name="x")
+        again(place, *overrides, name="x")
     assert times(place) == before
+    assert not (place / "runs/x").exists()
+
+
+def test_tools_that_do_not_exist_cannot_be_trained(place: Path) -> None:
+    index = Index.load(place / "index.json")
+    bare = index.dataset.model_copy(update={"tools": ()})
+    (place / "tiny.yaml").write_text(to_yaml(bare))
+    index.model_copy(update={"dataset": bare}).save(place / "index.json")
+    with pytest.raises(UserError, match=r"^encoder tuned: data set tiny has no tools; set cnn\.phase_head=true"):
+        again(place, name="x")
     assert not (place / "runs/x").exists()
 
 
@@ -344,7 +362,7 @@ def notes(place: Path, *overrides: str, **encoder: Any) -> str | None:
 
 def test_the_result_says_that_an_encoder_has_seen_test_videos(place: Path) -> None:
     allowed = "data.allow_overlap=true"
-    expected = "its weights were trained on test videos, so its scores are too good"
+    expected = "starts from weights that were trained on test videos, so its scores are too good"
     assert notes(place, allowed) == notes(place, allowed, finetune=True) == expected
     assert notes(place, weights="random") is None
     int8 = {"weights": "random", "settings": {"extract.engine": "openvino", "extract.precision": "int8"}}
