@@ -16,6 +16,8 @@ from configs.errors import UserError, listed, one_line
 
 WIDTH = 110
 _COLUMNS = ("name", "dim", "image", "parameters", "weights here", "licence", "has seen", "encoder")
+# Networks of torchvision with auxiliary outputs, or without a linear layer at the end.
+_UNUSABLE = ("googlenet", "inception_v3", "squeezenet1_0", "squeezenet1_1")
 _POOLINGS = {"token": "the class token", "mean": "the mean of the patch tokens", "both": "class token, then mean"}
 
 
@@ -61,7 +63,10 @@ def _short(text: str, width: int) -> str:
 
 def other_encoders() -> list[str]:
     """Lines about the networks that are not described one by one."""
-    lines = ["Also: every classification network of torchvision, under its name there (resnet50, convnext_tiny, ...)"]
+    lines = [
+        "Also: torchvision's classification networks, under their names there (resnet50, convnext_tiny, ...), but not "
+        f"{', '.join(_UNUSABLE)};"
+    ]
     if find_spec("timm") is None:
         lines.append(f"and {TIMM}NAME for every network of timm, which is not installed (pip install -e '.[timm]').")
     else:

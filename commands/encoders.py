@@ -23,8 +23,8 @@ def list_encoders(as_json: bool) -> None:
     """List the encoders that have a description.
 
     Shown are the dimension of their embeddings, the size of their images, whether their weights are on this machine,
-    and which data sets their pretraining has seen. Besides these, every classification network of torchvision and every
-    network of timm can be used.
+    and which data sets their pretraining has seen. Besides these, nearly every classification network of torchvision
+    and every network of timm can be used.
     """
     from commands.encoder_lines import encoder_records, encoder_rows, other_encoders
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -99,6 +100,11 @@ def own_preprocess(name: str) -> dict[str, Any]:
     """Return how the frames of an encoder are prepared, as values of `preprocess.*`; empty if it does not say."""
     description = find_description(name)
     return {} if description is None else dict(description.preprocess)
+
+
+def needs_missing_timm(name: str) -> bool:
+    """Whether nothing is known about an encoder because timm, whose network it is, is not installed."""
+    return name.startswith(TIMM) and find_spec("timm") is None
 
 
 def _of_timm(network: str) -> EncoderDescription | None:

@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 from configs.ablation import AblationConfig
 from configs.dataset_spec import DataSetSpec
 from configs.encoder_comparison import EncoderComparison
-from configs.encoder_spec import own_preprocess
+from configs.encoder_spec import needs_missing_timm, own_preprocess
 from configs.errors import UserError, did_you_mean, one_line
 from configs.mapping import ClassMapping
 from configs.overlap import Overlap, OverlapList
@@ -226,8 +226,14 @@ def _require_unique_keys(keys: Sequence[yaml.ScalarNode]) -> None:
 
 
 def to_yaml(model: BaseModel) -> str:
-    """Return all settings, including defaults, as YAML in the order of the schema."""
-    return yaml.safe_dump(model.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    """Return all settings, including defaults, as YAML in the order of the schema.
+
+    A comment says so if the frames of the encoder are not known here, since a later use of the text would fix them.
+    """
+    text = yaml.safe_dump(model.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    if isinstance(model, Config) and needs_missing_timm(model.cnn.backbone):
+        return f"# note: timm is not installed, so preprocess.* may not be what {model.cnn.backbone} documents\n{text}"
+    return text
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -94,7 +94,7 @@ def find_encoder(name: str) -> EncoderEntry:
         return ENCODERS.find(name)
     except UserError as error:
         near = did_you_mean(name, [*ENCODERS.names(), *described_encoders()])
-        reason = f"unknown encoder {name}{near}; `encoders list` shows all" if near else error
+        reason = f"unknown encoder {name}{near} `encoders list` shows all" if near else error
         raise UserError(f"cnn.backbone={name}: {reason}") from error
 
 

@@ -11,7 +11,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from configs.encoder_spec import described_encoders, find_description
+from configs.encoder_spec import TIMM, described_encoders, find_description
 from configs.errors import listed
 from stage1_cnn.encoders.registry import find_encoder
 from stage1_cnn.encoders.weights import SeveralMatchesError, find_weights
@@ -30,7 +30,18 @@ def suggestion(tensors: Mapping[str, Tensor], path: Path, build: Build) -> str:
     `build` returns the network of an encoder without its classifier, and the names of the layers that were removed.
     """
     fitting = [name for name in _near(tensors) if _fits(name, tensors, path, build)]
-    return f"; they fit {listed(fitting, 4)}: choose that as the encoder, or another file" if fitting else ""
+    fitting += [name for name in _plain_networks(fitting) if _fits(name, tensors, path, build)]
+    if not fitting:
+        return ""
+    todo = "that as the encoder" if len(fitting) == 1 else "the encoder whose release the file is"
+    return f"; they fit {listed(fitting, 4)}: choose {todo}, or another file"
+
+
+def _plain_networks(names: Sequence[str]) -> list[str]:
+    """timm's own names of the networks of described encoders, since a file may be another release of such a network."""
+    described = [description for name in names if (description := find_description(name)) is not None]
+    networks = dict.fromkeys(one.network.partition(".")[0] for one in described if one.family != "torchvision")
+    return [f"{TIMM}{network}" for network in networks]
 
 
 def _near(tensors: Mapping[str, Tensor]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +21,7 @@ _WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoi
 # one, such as VISSL keeps inside its loss; a student beside its teacher, since DINO and similar methods evaluate the
 # teacher.
 _SECOND = re.compile(r"(?:^|[._])(?:ema|k|key|momentum|target|averaged|student|loss)(?=[._])")
+_DIGITS = "0123456789"
 _UNKNOWN = " is unknown"
 # Tokens that transformers compute with beside those of the patches: a net without them is another one.
 _TOKENS = re.compile(r"(?:reg|register|storage|dist)_tokens?")
@@ -212,14 +213,22 @@ def _inside(
 ) -> dict[str, Tensor]:
     """The tensors of the net's own children without removed layers; an unknown name among them means another net."""
     children = {name.partition(".")[0] for name in wanted}
+    counts = Counter(child.rstrip(_DIGITS) for child in children if child[-1:].isdigit())
+    stages = {stem for stem, count in counts.items() if stem and count > 1}  # such as `layer` of layer1 to layer4
     without = tuple(f"{layer}." for layer in removed)
     return {
         name: tensor if layout is OWN or name not in wanted else fit_shape(tensor, wanted[name])
         for name, tensor in state.items()
-        if (name.partition(".")[0] in children or _TOKENS.fullmatch(name))
+        if (_child_of(name, children, stages) or _TOKENS.fullmatch(name))
         and not name.startswith(without)
         and not layout.ignores(name)
     }
+
+
+def _child_of(name: str, children: Set[str], stages: Set[str]) -> bool:
+    """Whether a tensor belongs to one of the net's children, or to a further stage, which the net does not have."""
+    child = name.partition(".")[0]
+    return child in children or (child[-1:].isdigit() and child.rstrip(_DIGITS) in stages)
 
 
 def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:

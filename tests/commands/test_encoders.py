@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from commands.encoder_lines import WIDTH, encoder_lines
+from commands.encoder_lines import WIDTH, encoder_lines, other_encoders
 from configs.encoder_spec import described_encoders
 from configs.errors import UserError
+from stage1_cnn.encoders.backbone import bare_backbone
 from tests.cli import run_fresh, succeed
 
 
@@ -21,6 +23,13 @@ def test_list_names_every_described_encoder_with_its_weights(tmp_path: Path) -> 
     assert lite.split()[1:5] == ["1280", "260", "4.8", "M"]
     assert "torchvision" in said[-3]
     assert "timm:NAME" in said[-2]
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3", "squeezenet1_0", "squeezenet1_1"])
+def test_networks_of_torchvision_that_cannot_be_used_are_named(name: str) -> None:
+    assert name in other_encoders()[0]
+    with pytest.raises(UserError), torch.device("meta"):
+        bare_backbone(name)
 
 
 def test_list_as_json_imports_no_torch(tmp_path: Path) -> None:
@@ -60,5 +69,7 @@ def test_info_of_other_networks() -> None:
 
 
 def test_info_of_an_unknown_name(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="did you mean efficientnet_lite2"):
+    with pytest.raises(
+        UserError, match=r"unknown encoder \S+; did you mean efficientnet_lite2\? `encoders list` shows all$"
+    ):
         encoder_lines("efficientnet_lite22")

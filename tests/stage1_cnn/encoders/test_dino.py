@@ -144,7 +144,7 @@ def test_a_file_of_another_network_is_one_line(encoder: str, tmp_path: Path) -> 
     said = str(error.value)
     assert said.startswith(f"{tmp_path}/other.pth: does not hold weights of {encoder} (")
     assert "tensors expected; the file has conv1.weight" in said
-    assert "they are weights of resnet18" in said
+    assert "they fit resnet18" in said
     assert "\n" not in said
 
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from configs.encoder_spec import find_description
 from configs.errors import UserError
-from configs.load import load_config
+from configs.load import load_config, to_yaml
 from configs.schema import CnnConfig, Config
 from features.store import read_features
 from stage1_cnn.encoders.backbone import build_backbone, require_image_size
@@ -100,7 +100,10 @@ def test_without_timm_settings_are_read_and_building_says_what_is_missing(
     find_description.cache_clear()
     monkeypatch.setitem(sys.modules, "timm", None)
     monkeypatch.setitem(sys.modules, "timm.models", None)
-    assert load_config(None, [f"cnn.backbone={name}"]).cnn.backbone == name
+    config = load_config(None, [f"cnn.backbone={name}"])
+    assert config.cnn.backbone == name
+    note = f"# note: timm is not installed, so preprocess.* may not be what {name} documents"
+    assert (to_yaml(config).splitlines()[0] == note) == name.startswith("timm:")
     with pytest.raises(UserError, match=r"needs a package; in the checkout: pip install -e '\.\[timm\]'$") as error:
         build_backbone(name, "random", 0)
     assert "\n" not in str(error.value)
@@ -118,6 +121,17 @@ def test_every_configuration_of_timm_gives_valid_settings() -> None:
 
 
 # ---------------------------------------------------------------------------------------------- weights
+
+
+def test_a_file_of_a_network_that_several_encoders_have_is_not_said_to_be_of_one_of_them(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        state = timm.create_model("convnext_tiny").state_dict()
+    tensors = {name: torch.zeros(()).expand(tensor.shape) for name, tensor in state.items()}  # without memory
+    torch.save(tensors, tmp_path / "net.pth")
+    with pytest.raises(UserError) as error, torch.device("meta"):
+        build_backbone("timm:test_convnext", str(tmp_path / "net.pth"), 0, trusted=True)
+    fit = "; they fit dinov3_convnext_tiny, timm:convnext_tiny"
+    assert str(error.value).endswith(f"{fit}: choose the encoder whose release the file is, or another file")
 
 
 @pytest.mark.parametrize("prefix", ["", "model.module.backbone."])

@@ -189,3 +189,14 @@ def test_a_partial_or_doubtful_match_is_refused(tmp_path: Path, make: Callable[.
         find(tmp_path / "net.pth", make(weights(), weights(4)))
     assert words in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_larger_network_with_more_stages_is_another_one() -> None:
+    """Such as a ResNet with a fifth stage; layers with other names are heads."""
+    net = torchvision.models.resnet18()
+    net.fc = nn.Identity()  # type: ignore[assignment]
+    state = {**net.state_dict(), "layer5.0.conv1.weight": torch.zeros(2, 2), "decoder.weight": torch.zeros(2)}
+    with pytest.raises(UserError, match=r"\(layer5\.0\.conv1\.weight is unknown; "):
+        find_weights(net, ["fc"], state, "resnet18", Path("net.pth"))
+    del state["layer5.0.conv1.weight"]
+    assert len(find_weights(net, ["fc"], state, "resnet18", Path("net.pth")).origins) > 100
