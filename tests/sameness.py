@@ -16,7 +16,7 @@ import torch
 
 # What always differs between runs: times, and how the work was divided between the starts of a command.
 WALL_TIMES = {"seconds", "decode_seconds", "encode_seconds", "frames_per_s", "sentence"}
-PER_START = {"done", "skipped", "relabelled", "frames"}
+PER_START = {"done", "skipped", "relabelled", "frames", "processes"}
 EVENTS = "events"
 _REVISION = re.compile(r", revision \w+")
 

@@ -288,7 +288,7 @@ def test_an_error_is_printed_once(bench: Path) -> None:
 def test_other_commands_refuse_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("engine.processes.is_reporting_rank", lambda problem: True)  # no store to ask
+    monkeypatch.setattr("engine.ending.is_reporting_rank", lambda problem: True)  # no store to ask
     said = alone(["config", "show"], code=2)
     assert "error: config runs as one process, but a launcher has started 2" in said
 
