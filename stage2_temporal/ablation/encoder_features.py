@@ -63,15 +63,22 @@ class Plan:
             **chosen.settings,
         }
         if fold is not None and self.spec.folds is not None:
-            changes |= {**self.spec.split_changes, "data.split.fold": fold, "data.index": self.index_file(fold)}
+            changes |= {**self.spec.split_changes, "data.split.fold": fold}
         if head is not None:
             changes |= {f"temporal.head.{key}": value for key, value in self.spec.heads[head].model_dump().items()}
-            changes |= {"temporal.baseline": False, "seed": seed}
         try:
-            return load_config(self.spec.base, self.overrides, changes)
+            found = load_config(self.spec.base, self.overrides, changes)
         except UserError as error:
             reason = str(error).removeprefix("--set").lstrip(": ")
             raise UserError(f"the settings of encoder {encoder}: {reason}") from error
+        # `--set` may give other values of these: an index of all videos, and the seed of fine-tuning
+        if fold is not None and self.spec.folds is not None:
+            data = found.data.model_copy(update={"index": self.index_file(fold)})
+            found = found.model_copy(update={"data": data})
+        if head is None:
+            return found
+        temporal = found.temporal.model_copy(update={"baseline": False})
+        return found.model_copy(update={"temporal": temporal, "seed": seed})
 
     def run(self, encoder: str, fold: int | None = None) -> Path:
         """The run folder of an encoder's training and extraction."""

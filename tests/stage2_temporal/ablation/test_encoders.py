@@ -386,6 +386,14 @@ def test_an_encoder_that_has_seen_the_data_set_is_noted() -> None:
     assert note("efficientnet_lite0", "cholec80", "imagenet") is None
 
 
+def test_an_index_and_a_seed_of_the_command_line_are_those_of_all_folds(place: Path) -> None:
+    plan = Plan(load_encoder_comparison("both.yaml"), ("data.index=all.json", "seed=7"), Path("runs/x"))
+    encoder, head = next(iter(plan.spec.encoders)), next(iter(plan.spec.heads))
+    assert (plan.base().data.index, plan.config(encoder).seed) == (Path("all.json"), 7)
+    training = plan.config(encoder, 1, head, 2)
+    assert (training.data.index, training.seed, training.temporal.baseline) == (plan.index_file(1), 2, False)
+
+
 def test_the_shipped_comparison_prepares_frames_as_each_encoder_was_trained() -> None:
     plan = Plan(load_encoder_comparison("encoders"), (), Path("runs/x"))
     sizes = {name: plan.config(name).preprocess.crop_px for name in plan.spec.encoders}
