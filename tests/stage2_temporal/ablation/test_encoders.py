@@ -265,7 +265,6 @@ FROZEN: dict[str, Any] = ENCODERS["frozen"]
 @pytest.mark.parametrize(
     ("changes", "overrides", "expected"),
     [
-        ({}, ["seed=5"], "the settings of encoder frozen: seed: given both as 0 and as 5"),
         ({}, ["temporal.head.hidden=7"], "given both as 6 and as 7"),
         ({}, ["extract.encoder=finetuned"], "the settings of encoder frozen: extract.encoder: given both as"),
         ({"folds": 9}, [], "9 folds need 9 videos, but there are 4"),
