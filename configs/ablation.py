@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field, FiniteFloat, model_validator
 
-from configs.schema import Strict
+from configs.strict import Strict
 
 
 class RangeConfig(Strict):

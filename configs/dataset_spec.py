@@ -15,7 +15,8 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from configs.errors import UserError
 from configs.file_pattern import file_pattern
 from configs.label_source import LabelSource, TrackSpec, is_track_name
-from configs.schema import MAIN_TRACK, MAX_FPS, OmitsDefaults
+from configs.schema import MAIN_TRACK, MAX_FPS
+from configs.strict import OmitsDefaults
 
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet evaluates CSV cells that start with one of these
 _HUMP = re.compile(r"(?<=[a-z])(?=[A-Z])")

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
 from configs.ablation import Choice, Seed
-from configs.schema import HeadConfig, Strict
+from configs.head_settings import HeadConfig
+from configs.strict import Strict
 
 PROBE = "probe"  # the name of the frame probe, beside those of the heads
 # The blocks of settings that may differ between encoders; all others must be the same for all.

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from configs.file_pattern import file_pattern, quick_pattern
-from configs.schema import MAX_FPS, OmitsDefaults, Strict
+from configs.schema import MAX_FPS
+from configs.strict import OmitsDefaults, Strict
 
 TOOL_FORMATS = ("eaf", "labelstudio")  # files of annotation tools, whose content is always intervals
 TIME_UNITS = ("second", "millisecond", "clock")

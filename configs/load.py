@@ -17,9 +17,10 @@ from configs.dataset_spec import DataSetSpec
 from configs.encoder_comparison import EncoderComparison
 from configs.encoder_spec import needs_missing_timm, own_preprocess
 from configs.errors import UserError, did_you_mean, one_line
+from configs.head_settings import DEFAULT_HEAD, HEAD_SETTINGS, HeadSettings
 from configs.mapping import ClassMapping
 from configs.overlap import Overlap, OverlapList
-from configs.schema import DEFAULT_BACKBONE, DEFAULT_HEAD, HEAD_SETTINGS, Config, HeadSettings
+from configs.schema import DEFAULT_BACKBONE, Config
 
 PRESETS = Path(__file__).resolve().parent
 DEFAULT_PRESET = "cholec80"

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from configs.dataset_spec import class_ids, folded_name
 from configs.errors import UserError, did_you_mean
-from configs.schema import Strict
+from configs.strict import Strict
 
 
 class ClassMapping(Strict):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from configs.schema import Strict
+from configs.strict import Strict
 
 Video = int | str  # a video's number, or a pattern of its id
 

@@ -11,15 +11,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
     Field,
-    SerializeAsAny,
     SerializerFunctionWrapHandler,
     ValidationError,
     ValidatorFunctionWrapHandler,
@@ -30,8 +26,9 @@ from pydantic import (
 )
 
 from configs.encoder_spec import own_preprocess
-from configs.errors import UserError
-from configs.registry import Registry
+from configs.head_settings import HeadConfig, LstmHead
+from configs.head_settings import HeadSettings as HeadSettings  # where plug-ins of earlier versions import it from
+from configs.strict import OmitsDefaults, Strict
 
 MAIN_TRACK = "phases"  # the label track that every data set has
 MAX_FPS = 10_000.0  # cameras with 1,000 frames per second exist; rates above this limit come from damaged files
@@ -41,30 +38,6 @@ TOOLS_FOLDER = "tools"
 DEFAULT_BACKBONE = "resnet50"
 Inference = Literal["carried", "clip"]
 Precision = Literal["auto", "native", "fp32", "bf16", "fp16"]
-
-
-class Strict(BaseModel):
-    """Base class of all blocks: unknown keys are errors, and instances are immutable."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
-
-
-class OmitsDefaults(Strict):
-    """A model that is serialised without the fields in OMITTED, as long as these have their default values.
-
-    Such fields were added after the first release. Files that do not need them keep the same bytes and digests.
-    """
-
-    OMITTED: ClassVar[frozenset[str]] = frozenset()
-
-    @model_serializer(mode="wrap")
-    def _without_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields = type(self).model_fields
-        return {
-            name: value
-            for name, value in dump(self).items()
-            if name not in self.OMITTED or getattr(self, name) != fields[name].default
-        }
 
 
 class SplitConfig(Strict):
@@ -420,96 +393,6 @@ class ExtractConfig(Strict):
         return self
 
 
-class HeadSettings(Strict):
-    """Base class of the settings of all heads; `name` selects the head (`HEAD_SETTINGS`)."""
-
-    name: str
-
-    @property
-    def causal(self) -> bool:
-        """Whether outputs depend on past frames only, so that state can be carried from chunk to chunk."""
-        return True
-
-    @property
-    def has_bf16_projection(self) -> bool:
-        """Whether `temporal.projection=bf16` has an effect on this head."""
-        return False
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the settings as plain values with the head's name: other processes cannot import plug-ins' classes."""
-        return read_head, (self.model_dump(),)
-
-
-HEAD_SETTINGS: Registry[type[HeadSettings]] = Registry("head", "surgstage.heads")
-DEFAULT_HEAD = "lstm"  # used if the settings do not name a head
-
-
-def read_head(value: Any) -> HeadSettings:
-    """Read the settings of any head. Raises ValueError for an unknown head, an unknown key or a wrong value."""
-    if isinstance(value, HeadSettings):
-        return value
-    if not isinstance(value, Mapping):
-        raise ValueError("expected keys and values")
-    settings = {"name": DEFAULT_HEAD, **value}
-    try:
-        kind = HEAD_SETTINGS.find(str(settings["name"]))
-    except UserError as error:
-        raise ValueError(str(error)) from error
-    return kind.model_validate(settings)
-
-
-HeadConfig = Annotated[SerializeAsAny[HeadSettings], BeforeValidator(read_head)]
-
-
-class LstmHead(HeadSettings):
-    name: Literal["lstm"] = "lstm"
-    hidden: int = Field(512, ge=1)
-    layers: int = Field(1, ge=1)
-    dropout: float = Field(0.0, ge=0, lt=1)
-    bidirectional: bool = Field(False, description="also read the video backwards, which needs frames of the future")
-    relu: bool = Field(False, description="ReLU on the LSTM's output (MTRCNet-CL)")
-    fc_hidden: int | None = Field(
-        None, ge=1, description="width of an additional linear layer with ReLU before the last layer; null: none"
-    )
-
-    @property
-    def causal(self) -> bool:
-        """Whether the LSTM reads forwards only."""
-        return not self.bidirectional
-
-    @property
-    def has_bf16_projection(self) -> bool:
-        """See `HeadSettings`."""
-        return self.causal
-
-
-class GruHead(HeadSettings):
-    name: Literal["gru"]
-    hidden: int = Field(512, ge=1)
-    layers: int = Field(1, ge=1)
-    dropout: float = Field(0.0, ge=0, lt=1)
-
-
-class TcnHead(HeadSettings):
-    """Causal multi-stage TCN (TeCNO, Czempiel et al., MICCAI 2020)."""
-
-    name: Literal["tcn"]
-    stages: int = Field(2, ge=1)
-    layers: int = Field(8, ge=1, le=14)
-    maps: int = Field(32, ge=1)
-    dropout: float = Field(0.5, ge=0, lt=1)
-
-
-class LinearHead(HeadSettings):
-    """One linear layer on single frames: the baseline without temporal context."""
-
-    name: Literal["linear"]
-
-
-for _kind in HeadSettings.__subclasses__():  # the classes above; plug-ins register theirs together with the head
-    HEAD_SETTINGS.register(get_args(_kind.model_fields["name"].annotation)[0], _kind)
-
-
 class SequenceConfig(Strict):
     """How videos are divided into training sequences. Frames stay in order, and no sequence spans two videos."""
 
@@ -532,7 +415,7 @@ class SequenceConfig(Strict):
 FeaturesIn = Literal["auto", "memory", "stream"]
 
 
-class TemporalConfig(LoopConfig):
+class TemporalConfig(OmitsDefaults, LoopConfig):
     """Stage two: training a phase model on sequences of embeddings."""
 
     head: HeadConfig = LstmHead()

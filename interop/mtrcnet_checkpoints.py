@@ -20,7 +20,8 @@ from torch import Tensor
 
 from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError
-from configs.schema import HeadSettings, JointNetConfig, LstmHead
+from configs.head_settings import HeadSettings, LstmHead
+from configs.schema import JointNetConfig
 from features.dataset.phase_order import ids_of_order
 from stage1_cnn.encoders.backbone import build_backbone
 from stage1_cnn.encoders.weights import misfits

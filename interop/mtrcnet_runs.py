@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from configs.errors import UserError
+from configs.head_settings import LstmHead
 from configs.load import NO_KEYS, GivenKeys, flatten, load_config, load_dataset
-from configs.schema import JOINT_FOLDER, Config, LstmHead, size_text
+from configs.schema import JOINT_FOLDER, Config, size_text
 from engine.checkpoints import load_external_state, save_checkpoint, save_external_weights
 from engine.files import read_json_object, sha256_file
 from engine.progress import say

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from configs.errors import UserError
+from configs.head_settings import HeadSettings
 from configs.load import differences
-from configs.schema import HeadSettings
 from engine.runs import require_same_classes
 from stage2_temporal.heads.base import Head, HeadOutput, State
 from stage2_temporal.heads.standardise import Standardise

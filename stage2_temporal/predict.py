@@ -13,8 +13,9 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from configs.errors import UserError, one_line
+from configs.head_settings import HeadConfig
 from configs.load import differences
-from configs.schema import MAIN_TRACK, Config, HeadConfig, Inference, PreprocessConfig
+from configs.schema import MAIN_TRACK, Config, Inference, PreprocessConfig
 from engine.checkpoints import load_checkpoint
 from engine.device import choose_device
 from engine.progress import say

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
-from configs import schema
+from configs import head_settings, schema
 from configs.errors import UserError
 from configs.load import NO_KEYS, GivenKeys
 from configs.schema import MAIN_TRACK, TEMPORAL_FOLDER, Config
@@ -49,7 +49,7 @@ from stage2_temporal.predict import FRAME_FOLDER, TemporalAbout, predict_spans
 # Freed memory is given back no more often, since mapping it again makes the next epoch a few percent slower.
 TRIM_INTERVAL_S = 60.0
 # From phases, head and width of the features to the state dict of a `PhaseModel`.
-StartWeights = Callable[[Sequence[str], schema.HeadSettings, int], Mapping[str, Any]]
+StartWeights = Callable[[Sequence[str], head_settings.HeadSettings, int], Mapping[str, Any]]
 SCORE = "frame accuracy, mean over the validation videos"  # of several label tracks: see `score_of`
 
 
@@ -100,7 +100,7 @@ def train_temporal(
     outcome = train_head(stage.path, config.temporal.head, config, data, constants, accelerator, processes, start)
     frame = None
     if config.temporal.baseline:
-        linear = schema.LinearHead(name="linear")
+        linear = head_settings.LinearHead(name="linear")
         frame = train_head(stage.path / FRAME_FOLDER, linear, config, data, constants, accelerator, processes, start)
     computed = {"device": str(accelerator.device), "precision": precision, "features": str(folder)}
     return processes.from_first(lambda: _combined(data, outcome, frame, computed).write(stage))
@@ -121,7 +121,7 @@ def _note_on_validation(folder: Path, data: TrainingData) -> None:
 @needs_gpu_memory("temporal.sequence.batch, or set temporal.sequence.mode=chunked with fewer temporal.sequence.frames")
 def train_head(
     folder: Path,
-    head: schema.HeadSettings,
+    head: head_settings.HeadSettings,
     config: Config,
     data: TrainingData,
     constants: tuple[Tensor, Tensor],
@@ -164,7 +164,7 @@ def train_head(
 
 
 def _initial_model(
-    head: schema.HeadSettings,
+    head: head_settings.HeadSettings,
     config: Config,
     data: TrainingData,
     constants: tuple[Tensor, Tensor],
@@ -397,7 +397,7 @@ def _identity(config: Config, data: TrainingData) -> StageIdentity:
     )
 
 
-def _describe(head: schema.HeadSettings, config: Config, data: TrainingData) -> TemporalAbout:
+def _describe(head: head_settings.HeadSettings, config: Config, data: TrainingData) -> TemporalAbout:
     tool_inputs = data.index.dataset.tools if data.has_tool_logits else ()
     return TemporalAbout(
         head=head,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from configs import schema
+from configs import head_settings, schema
 from configs.schema import JointLossConfig, JointNetConfig, OptimConfig, PreprocessConfig
 from engine.optim import build_optimizer
 from features.frames.preprocess import normalise
@@ -92,9 +92,9 @@ def test_a_step_of_stage_one_does_not_wait(class_weighting: str, name: Any) -> N
 
 
 HEADS: dict[str, Any] = {
-    "lstm": schema.LstmHead(hidden=7),
-    "tcn": schema.TcnHead(name="tcn", stages=2, layers=2, maps=6),
-    "linear": schema.LinearHead(name="linear"),
+    "lstm": head_settings.LstmHead(hidden=7),
+    "tcn": head_settings.TcnHead(name="tcn", stages=2, layers=2, maps=6),
+    "linear": head_settings.LinearHead(name="linear"),
 }
 
 

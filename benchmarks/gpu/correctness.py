@@ -71,7 +71,7 @@ def lstm() -> None:
     import torch
     import torch.nn.functional as F
 
-    from configs.schema import LstmHead
+    from configs.head_settings import LstmHead
     from stage2_temporal.heads.base import build_head
 
     torch.manual_seed(0)

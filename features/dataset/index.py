@@ -21,7 +21,8 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from configs.dataset_spec import DataSetSpec, NamedSplit
 from configs.errors import UserError
-from configs.schema import MAX_FPS, OmitsDefaults
+from configs.schema import MAX_FPS
+from configs.strict import OmitsDefaults
 from engine.files import read_json, sha256_json, write_json
 from features.dataset.layouts import FolderLayout, RecordLayout
 from features.dataset.row_numbers import RowNumbering

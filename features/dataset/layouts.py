@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from configs.dataset_spec import DataSetSpec
-from configs.schema import OmitsDefaults, Strict
+from configs.strict import OmitsDefaults, Strict
 from engine.files import sha256_json
 from features.dataset.annotations import LabelTrack
 from features.dataset.phase_order import ids_of_order

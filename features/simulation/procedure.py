@@ -26,7 +26,7 @@ from pydantic import Field
 import configs
 from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError
-from configs.schema import Strict
+from configs.strict import Strict
 
 TABLE_PATH = Path(configs.__file__).parent / "simulation" / "cholec80.yaml"
 # The largest number of tools in a set that the table does not list, since there are four trocars.

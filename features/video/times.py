@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from configs.schema import Strict
+from configs.strict import Strict
 
 RATE_TOLERANCE = 0.005  # relative: 29.97 counts as 30 and 23.976 as 24, but 24 and 25 differ
 # Tolerance in seconds for rounded times and rates: a frame shown this little after a sampling time counts as on screen.

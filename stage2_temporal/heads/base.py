@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from configs.errors import UserError
+from configs.head_settings import HEAD_SETTINGS, HeadSettings
 from configs.registry import Registry
-from configs.schema import HEAD_SETTINGS, HeadSettings, TemporalConfig
+from configs.schema import TemporalConfig
 from engine.device import sent_to
 from stage2_temporal.heads.standardise import Standardise
 

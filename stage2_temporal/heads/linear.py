@@ -6,18 +6,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from configs import schema
+from configs import head_settings
 from stage2_temporal.heads.base import Head, HeadOutput, State, real_frames, register_head
 from stage2_temporal.heads.standardise import Standardise
 
 
-@register_head("linear", schema.LinearHead)
+@register_head("linear", head_settings.LinearHead)
 class LinearHead(Head):
     """A head without state: the logits of a frame depend on its embedding alone."""
 
     block_frames = 2048
 
-    def __init__(self, config: schema.LinearHead, embedding_dim: int, phases: int) -> None:
+    def __init__(self, config: head_settings.LinearHead, embedding_dim: int, phases: int) -> None:
         super().__init__(config, embedding_dim, phases)
         self.hidden_dim = embedding_dim
         self.fc = nn.Linear(embedding_dim, phases)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from configs import schema
+from configs import head_settings, schema
 from engine.device import sent_to
 from stage2_temporal.heads.base import Head, HeadOutput, State, register_head, require_causal
 from stage2_temporal.heads.lstm_cpu import run_lstm
@@ -29,7 +29,7 @@ class RecurrentHead(Head):
 
     def __init__(
         self,
-        config: schema.LstmHead | schema.GruHead,
+        config: head_settings.LstmHead | head_settings.GruHead,
         embedding_dim: int,
         phases: int,
         bidirectional: bool = False,
@@ -89,11 +89,11 @@ class RecurrentHead(Head):
         return self.causal and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
 
 
-@register_head("lstm", schema.LstmHead)
+@register_head("lstm", head_settings.LstmHead)
 class LstmHead(RecurrentHead):
     """The LSTM head (Jin et al., Medical Image Analysis 2020). A bidirectional one needs whole videos or clips."""
 
-    def __init__(self, config: schema.LstmHead, embedding_dim: int, phases: int) -> None:
+    def __init__(self, config: head_settings.LstmHead, embedding_dim: int, phases: int) -> None:
         super().__init__(config, embedding_dim, phases, config.bidirectional, config.fc_hidden)
         self.relu = config.relu
 
@@ -102,7 +102,7 @@ class LstmHead(RecurrentHead):
         self.bf16_projection = settings.projection == "bf16"
 
 
-@register_head("gru", schema.GruHead)
+@register_head("gru", head_settings.GruHead)
 class GruHead(RecurrentHead):
     """A head like `LstmHead` with a GRU in place of the LSTM."""
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configs import schema
+from configs import head_settings
 from stage2_temporal.heads.base import Head, HeadOutput, State, register_head, softmax_by_track
 
 
@@ -30,7 +30,7 @@ class CausalLayer(nn.Module):
         return y, seen[:, :, seen.shape[2] - self.reach :]
 
 
-@register_head("tcn", schema.TcnHead)
+@register_head("tcn", head_settings.TcnHead)
 class TcnHead(Head):
     """A multi-stage TCN: each stage has M feature maps and layers with dilations 1, 2, 4, ...
 
@@ -39,7 +39,7 @@ class TcnHead(Head):
     start of a video, which is the same as zero padding.
     """
 
-    def __init__(self, config: schema.TcnHead, embedding_dim: int, phases: int) -> None:
+    def __init__(self, config: head_settings.TcnHead, embedding_dim: int, phases: int) -> None:
         super().__init__(config, embedding_dim, phases)
         widths = [embedding_dim] + [phases] * (config.stages - 1)
         self.enter = nn.ModuleList(nn.Conv1d(width, config.maps, 1) for width in widths)

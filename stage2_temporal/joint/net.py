@@ -21,16 +21,8 @@ from torch import Tensor, nn
 
 from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError, one_line
-from configs.schema import (
-    JOINT_FOLDER,
-    TEMPORAL_FOLDER,
-    Config,
-    HeadConfig,
-    HeadSettings,
-    Inference,
-    JointNetConfig,
-    PreprocessConfig,
-)
+from configs.head_settings import HeadConfig, HeadSettings
+from configs.schema import JOINT_FOLDER, TEMPORAL_FOLDER, Config, Inference, JointNetConfig, PreprocessConfig
 from engine.checkpoints import load_checkpoint
 from engine.progress import say
 from engine.records import Record

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError
+from configs.head_settings import GruHead
 from configs.load import PRESETS, differences, load_ablation, load_config, load_dataset, to_yaml
-from configs.schema import Config, GruHead, JointStepConfig
+from configs.schema import Config, JointStepConfig
 
 PRESET_NAMES = sorted(path.stem for path in PRESETS.glob("*.yaml"))
 DATASET_NAMES = sorted(path.stem for path in (PRESETS / "datasets").glob("*.yaml"))

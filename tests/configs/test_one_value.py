@@ -15,8 +15,9 @@ from pydantic.fields import FieldInfo
 
 from configs import load
 from configs.errors import UserError
+from configs.head_settings import GruHead
 from configs.load import PRESETS, load_config, read_yaml
-from configs.schema import Config, GruHead, JointStepConfig
+from configs.schema import Config, JointStepConfig
 
 PRESET_NAMES = sorted(path.stem for path in PRESETS.glob("*.yaml"))
 QUICK = ("cholec80", "mtrcnet_cl")

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from configs.schema import HeadSettings
+from configs.head_settings import HeadSettings
 from stage2_temporal.heads.base import Head, HeadOutput, State, register_head
 
 

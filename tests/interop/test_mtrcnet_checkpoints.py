@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from configs.errors import UserError
+from configs.head_settings import GruHead, LstmHead
 from configs.load import load_dataset
-from configs.schema import GruHead, JointNetConfig, LstmHead
+from configs.schema import JointNetConfig
 from features.dataset.phase_order import ids_of_order
 from interop.mtrcnet_checkpoints import (
     VARIANTS,

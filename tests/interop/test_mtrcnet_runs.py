@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from configs.errors import UserError
+from configs.head_settings import LstmHead
 from configs.load import GivenKeys, load_config, load_dataset
-from configs.schema import Config, LstmHead
+from configs.schema import Config
 from engine.checkpoints import load_checkpoint, load_external_state, save_checkpoint
 from engine.files import sha256_file
 from features.dataset.phase_order import ids_of_order

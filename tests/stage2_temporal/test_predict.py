@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from configs import schema
+from configs import head_settings
 from configs.errors import UserError
-from configs.schema import HeadSettings
+from configs.head_settings import HeadSettings
 from engine.checkpoints import save_checkpoint
 from features.store import VideoFeatures
 from stage2_temporal.heads.base import Head, HeadOutput, State, build_head
@@ -23,11 +23,11 @@ from stage2_temporal.predict import BatchSizes, OnlinePredictor, chosen_inferenc
 
 D, C = 5, 4
 HEADS: dict[str, Any] = {
-    "lstm": schema.LstmHead(hidden=7),
-    "gru": schema.GruHead(name="gru", hidden=6),
-    "tcn": schema.TcnHead(name="tcn", stages=2, layers=3, maps=6),
-    "linear": schema.LinearHead(name="linear"),
-    "bidirectional": schema.LstmHead(hidden=7, bidirectional=True),
+    "lstm": head_settings.LstmHead(hidden=7),
+    "gru": head_settings.GruHead(name="gru", hidden=6),
+    "tcn": head_settings.TcnHead(name="tcn", stages=2, layers=3, maps=6),
+    "linear": head_settings.LinearHead(name="linear"),
+    "bidirectional": head_settings.LstmHead(hidden=7, bidirectional=True),
 }
 LENGTHS = {"b": 23, "a": 60, "c": 1, "e": 4, "d": 60}
 
@@ -154,7 +154,7 @@ def test_description_in_a_checkpoint(train: Any, tmp_path: Path) -> None:
     assert about.phases == ("Early", "Middle", "Late")
     assert (about.dataset, about.backbone) == ("toy", "toy")
     assert about.scores["val_accuracy"] == result["val_accuracy"]
-    assert load_temporal(tmp_path / "run/temporal/frame")[1].head == schema.LinearHead(name="linear")
+    assert load_temporal(tmp_path / "run/temporal/frame")[1].head == head_settings.LinearHead(name="linear")
 
 
 @pytest.mark.parametrize("asked", ["clip", "carried"])

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from configs import schema
+from configs import head_settings
 from configs.errors import UserError
 from stage2_temporal.heads.base import HEADS, Head, build_head
 from stage2_temporal.heads.linear import LinearHead
@@ -23,14 +23,14 @@ from stage2_temporal.model import PhaseModel
 
 D, C = 5, 4
 CAUSAL: dict[str, Any] = {
-    "lstm": schema.LstmHead(hidden=7),
-    "lstm of two layers": schema.LstmHead(hidden=6, layers=2, dropout=0.5),
-    "gru": schema.GruHead(name="gru", hidden=7, layers=2),
-    "tcn": schema.TcnHead(name="tcn", stages=1, layers=3, maps=6),
-    "tcn of three stages": schema.TcnHead(name="tcn", stages=3, layers=4, maps=5),
-    "linear": schema.LinearHead(name="linear"),
+    "lstm": head_settings.LstmHead(hidden=7),
+    "lstm of two layers": head_settings.LstmHead(hidden=6, layers=2, dropout=0.5),
+    "gru": head_settings.GruHead(name="gru", hidden=7, layers=2),
+    "tcn": head_settings.TcnHead(name="tcn", stages=1, layers=3, maps=6),
+    "tcn of three stages": head_settings.TcnHead(name="tcn", stages=3, layers=4, maps=5),
+    "linear": head_settings.LinearHead(name="linear"),
 }
-BIDIRECTIONAL = schema.LstmHead(hidden=7, layers=2, bidirectional=True)
+BIDIRECTIONAL = head_settings.LstmHead(hidden=7, layers=2, bidirectional=True)
 EVERY = CAUSAL | {"bidirectional": BIDIRECTIONAL}
 
 
@@ -44,7 +44,7 @@ def frames(batch: int, count: int, seed: int = 1) -> Tensor:
 
 
 def test_every_head_of_the_schema_is_in_the_registry() -> None:
-    assert set(schema.HEAD_SETTINGS.names()) == set(HEADS.names()) == {"lstm", "gru", "tcn", "linear"}
+    assert set(head_settings.HEAD_SETTINGS.names()) == set(HEADS.names()) == {"lstm", "gru", "tcn", "linear"}
 
 
 @pytest.mark.parametrize("name", CAUSAL)
@@ -72,7 +72,7 @@ def test_whole_chunked_and_single_frames_agree(name: str, cuts: list[int], seed:
             torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
 
 
-DEFAULTS: list[Any] = [schema.LstmHead(), schema.GruHead(name="gru"), schema.TcnHead(name="tcn")]
+DEFAULTS: list[Any] = [head_settings.LstmHead(), head_settings.GruHead(name="gru"), head_settings.TcnHead(name="tcn")]
 
 
 @pytest.mark.parametrize("config", DEFAULTS, ids=[config.name for config in DEFAULTS])
@@ -155,7 +155,7 @@ def test_recurrent_heads_start_from_zero(name: str) -> None:
 
 def test_lstm_starts_as_the_reference() -> None:
     torch.manual_seed(0)
-    head = LstmHead(schema.LstmHead(hidden=64), 512, 7)
+    head = LstmHead(head_settings.LstmHead(hidden=64), 512, 7)
     for weight in (head.rnn.weight_ih_l0, head.rnn.weight_hh_l0):
         assert float(weight.detach().std()) == pytest.approx(math.sqrt(2 / sum(weight.shape)), rel=0.05)
         assert float(weight.detach().abs().max()) > 3 * float(weight.detach().std())  # normal, not uniform
@@ -165,7 +165,7 @@ def test_lstm_starts_as_the_reference() -> None:
 
 def test_tcn_is_the_published_one_written_out() -> None:
     """Zero-padded dilated convolutions, a sum at a time, as TeCNO's causal layers define them."""
-    config = schema.TcnHead(name="tcn", stages=2, layers=3, maps=3)
+    config = head_settings.TcnHead(name="tcn", stages=2, layers=3, maps=3)
     head, x = head_of(config), frames(1, 9)
     assert isinstance(head, TcnHead)
     weights = {name: value.detach() for name, value in head.named_parameters()}

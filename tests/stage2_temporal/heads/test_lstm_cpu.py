@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from configs import schema
+from configs import head_settings
 from stage2_temporal.heads.base import build_head
 from stage2_temporal.heads.lstm_cpu import run_lstm
 from stage2_temporal.heads.recurrent import LstmHead, run_packed
@@ -127,7 +127,9 @@ def test_padding_gets_no_gradient_and_gives_none() -> None:
 def test_stored_features_are_standardised_as_before() -> None:
     """Widened and scaled inside the recurrence: the same as beforehand, gradients of the weights too."""
     torch.manual_seed(0)
-    model = PhaseModel(Standardise(torch.rand(D) * 3, torch.rand(D) + 0.5), build_head(schema.LstmHead(hidden=H), D, 4))
+    model = PhaseModel(
+        Standardise(torch.rand(D) * 3, torch.rand(D) + 0.5), build_head(head_settings.LstmHead(hidden=H), D, 4)
+    )
     x = (torch.randn(3, 20, D) * 2 + 1).half()
     lengths = torch.tensor([20, 7, 12])
     real = torch.arange(20) < lengths[:, None]
@@ -149,7 +151,7 @@ def test_bf16_projects_nearly_the_same_and_only_in_training(operations: dict[str
 
 def projects_nearly_the_same() -> None:
     torch.manual_seed(0)
-    head = build_head(schema.LstmHead(hidden=32), 64, 4)
+    head = build_head(head_settings.LstmHead(hidden=32), 64, 4)
     assert isinstance(head, LstmHead)
     x = torch.randn(2, 40, 64)
     exact = head(x).logits
@@ -167,7 +169,7 @@ def projects_nearly_the_same() -> None:
 @pytest.mark.parametrize("given_state", [True, False])
 def test_packed_runs_on_cuda_compute_the_same(given_state: bool) -> None:
     """The path that CUDA takes for unequal lengths, here on a CPU."""
-    head = build_head(schema.LstmHead(hidden=H, layers=2), D, 4).eval()
+    head = build_head(head_settings.LstmHead(hidden=H, layers=2), D, 4).eval()
     assert isinstance(head, LstmHead)
     x, lengths = torch.randn(3, 9, D), torch.tensor([4, 9, 6])
     state = (torch.randn(2, 3, H), torch.randn(2, 3, H)) if given_state else None

@@ -15,7 +15,8 @@ from torch.nn.modules import rnn as torch_rnn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from configs.schema import GruHead, JointNetConfig, LstmHead
+from configs.head_settings import GruHead, LstmHead
+from configs.schema import JointNetConfig
 from stage1_cnn.encoders.backbone import build_backbone
 from stage2_temporal.heads import recurrent
 from stage2_temporal.heads.base import build_head

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.errors import UserError
-from configs.schema import Config, GruHead, JointNetConfig, LinearHead, LstmHead, TcnHead
+from configs.head_settings import GruHead, LinearHead, LstmHead, TcnHead
+from configs.schema import Config, JointNetConfig
 from stage1_cnn.encoders.backbone import build_backbone
 from stage2_temporal.joint.net import (
     JointNet,

@@ -14,7 +14,8 @@ import torch
 import yaml
 
 from configs.errors import UserError
-from configs.schema import CnnConfig, Config, LstmHead
+from configs.head_settings import LstmHead
+from configs.schema import CnnConfig, Config
 from engine.checkpoints import load_checkpoint
 from engine.logs import read_metrics
 from engine.stopping import Stopped, StopRequest

@@ -1,0 +1,102 @@
+"""The settings of temporal heads (`temporal.head`), without torch. `HEAD_SETTINGS` lists them by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BeforeValidator, Field, SerializeAsAny
+
+from configs.errors import UserError
+from configs.registry import Registry
+from configs.strict import Strict
+
+
+class HeadSettings(Strict):
+    """Base class of the settings of all heads; `name` selects the head (`HEAD_SETTINGS`)."""
+
+    name: str
+
+    @property
+    def causal(self) -> bool:
+        """Whether outputs depend on past frames only, so that state can be carried from chunk to chunk."""
+        return True
+
+    @property
+    def has_bf16_projection(self) -> bool:
+        """Whether `temporal.projection=bf16` has an effect on this head."""
+        return False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the settings as plain values with the head's name: other processes cannot import plug-ins' classes."""
+        return read_head, (self.model_dump(),)
+
+
+HEAD_SETTINGS: Registry[type[HeadSettings]] = Registry("head", "surgstage.heads")
+DEFAULT_HEAD = "lstm"  # used if the settings do not name a head
+
+
+def read_head(value: Any) -> HeadSettings:
+    """Read the settings of any head. Raises ValueError for an unknown head, an unknown key or a wrong value."""
+    if isinstance(value, HeadSettings):
+        return value
+    if not isinstance(value, Mapping):
+        raise ValueError("expected keys and values")
+    settings = {"name": DEFAULT_HEAD, **value}
+    try:
+        kind = HEAD_SETTINGS.find(str(settings["name"]))
+    except UserError as error:
+        raise ValueError(str(error)) from error
+    return kind.model_validate(settings)
+
+
+HeadConfig = Annotated[SerializeAsAny[HeadSettings], BeforeValidator(read_head)]
+
+
+class LstmHead(HeadSettings):
+    name: Literal["lstm"] = "lstm"
+    hidden: int = Field(512, ge=1)
+    layers: int = Field(1, ge=1)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    bidirectional: bool = Field(False, description="also read the video backwards, which needs frames of the future")
+    relu: bool = Field(False, description="ReLU on the LSTM's output (MTRCNet-CL)")
+    fc_hidden: int | None = Field(
+        None, ge=1, description="width of an additional linear layer with ReLU before the last layer; null: none"
+    )
+
+    @property
+    def causal(self) -> bool:
+        """Whether the LSTM reads forwards only."""
+        return not self.bidirectional
+
+    @property
+    def has_bf16_projection(self) -> bool:
+        """See `HeadSettings`."""
+        return self.causal
+
+
+class GruHead(HeadSettings):
+    name: Literal["gru"]
+    hidden: int = Field(512, ge=1)
+    layers: int = Field(1, ge=1)
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+
+class TcnHead(HeadSettings):
+    """Causal multi-stage TCN (TeCNO, Czempiel et al., MICCAI 2020)."""
+
+    name: Literal["tcn"]
+    stages: int = Field(2, ge=1)
+    layers: int = Field(8, ge=1, le=14)
+    maps: int = Field(32, ge=1)
+    dropout: float = Field(0.5, ge=0, lt=1)
+
+
+class LinearHead(HeadSettings):
+    """One linear layer on single frames: the baseline without temporal context."""
+
+    name: Literal["linear"]
+
+
+for _kind in HeadSettings.__subclasses__():  # the classes above; plug-ins register theirs together with the head
+    HEAD_SETTINGS.register(get_args(_kind.model_fields["name"].annotation)[0], _kind)
