@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, Field, SerializeAsAny
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from configs.errors import UserError
 from configs.registry import Registry
@@ -90,6 +90,30 @@ class TcnHead(HeadSettings):
     layers: int = Field(8, ge=1, le=14)
     maps: int = Field(32, ge=1)
     dropout: float = Field(0.5, ge=0, lt=1)
+
+
+class SsmHead(HeadSettings):
+    """Causal selective state-space blocks of the kind of Mamba-2 (Dao and Gu, ICML 2024)."""
+
+    name: Literal["ssm"]
+    width: int = Field(256, ge=1)
+    layers: int = Field(2, ge=1)
+    expand: int = Field(2, ge=1, description="channels of a block divided by the width")
+    head_width: int = Field(64, ge=1, description="channels that share a decay rate and a step size")
+    state: int = Field(64, ge=1, description="values that a block remembers per channel")
+    step_min: float = Field(
+        0.001, ge=1e-6, le=10, description="least step size at the start of a training; the memory is 1 / step frames"
+    )
+    step_max: float = Field(0.1, ge=1e-6, le=10, description="largest step size at the start of a training")
+    dropout: float = Field(0.1, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _fits(self) -> SsmHead:
+        if (channels := self.expand * self.width) % self.head_width:
+            raise ValueError(f"expand * width is {channels}, which must be a multiple of head_width={self.head_width}")
+        if self.step_min > self.step_max:
+            raise ValueError(f"step_min ({self.step_min:g}) must not exceed step_max ({self.step_max:g})")
+        return self
 
 
 class LinearHead(HeadSettings):

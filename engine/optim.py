@@ -7,23 +7,34 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from configs.schema import OptimConfig, ScheduleConfig
+
+
+class Undecayed(nn.Parameter):
+    """A parameter that weight decay does not apply to, such as the decay rates of a state-space layer."""
 
 
 def build_optimizer(groups: Iterable[dict[str, Any]], config: OptimConfig) -> Optimizer:
     """Build SGD, Adam or AdamW over parameter groups.
 
     A group's `lr_factor` scales its learning rate; a group with factor 0 is not trained. As in the reference
-    implementation, weight decay applies to all parameters, including biases and those of batch norm.
+    implementation, weight decay applies to all parameters, including biases and those of batch norm, but not to those
+    of the type `Undecayed`, which form a group of their own.
     """
-    scaled = []
+    scaled: list[dict[str, Any]] = []
     for group in groups:
-        factor = group.get("lr_factor", 1.0)
-        parameters = [parameter for parameter in group["params"] if parameter.requires_grad]
-        if factor > 0 and parameters:
-            scaled.append({"params": parameters, "lr": config.lr * factor, "name": group.get("name", "")})
+        factor, name = group.get("lr_factor", 1.0), group.get("name", "")
+        trained = [parameter for parameter in group["params"] if parameter.requires_grad]
+        plain = [parameter for parameter in trained if not isinstance(parameter, Undecayed)]
+        undecayed = [parameter for parameter in trained if isinstance(parameter, Undecayed)]
+        if factor > 0 and plain:
+            scaled.append({"params": plain, "lr": config.lr * factor, "name": name})
+        if factor > 0 and undecayed:
+            apart = {"name": f"{name}_undecayed", "weight_decay": 0.0}
+            scaled.append({"params": undecayed, "lr": config.lr * factor, **apart})
     if config.name == "sgd":
         return _eager(torch.optim.SGD)(
             scaled,

@@ -94,6 +94,7 @@ def test_a_step_of_stage_one_does_not_wait(class_weighting: str, name: Any) -> N
 HEADS: dict[str, Any] = {
     "lstm": head_settings.LstmHead(hidden=7),
     "tcn": head_settings.TcnHead(name="tcn", stages=2, layers=2, maps=6),
+    "ssm": head_settings.SsmHead(name="ssm", width=6, head_width=4, state=3),
     "linear": head_settings.LinearHead(name="linear"),
 }
 

@@ -26,6 +26,7 @@ HEADS: dict[str, Any] = {
     "lstm": head_settings.LstmHead(hidden=7),
     "gru": head_settings.GruHead(name="gru", hidden=6),
     "tcn": head_settings.TcnHead(name="tcn", stages=2, layers=3, maps=6),
+    "ssm": head_settings.SsmHead(name="ssm", width=6, head_width=4, state=3),
     "linear": head_settings.LinearHead(name="linear"),
     "bidirectional": head_settings.LstmHead(hidden=7, bidirectional=True),
 }

@@ -91,7 +91,12 @@ def test_the_lstm_learns_what_a_frame_does_not_tell(train: Any, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    "head", [{"name": "gru", "hidden": 16}, {"name": "tcn", "layers": 5, "maps": 16, "dropout": 0.0}]
+    "head",
+    [
+        {"name": "gru", "hidden": 16},
+        {"name": "tcn", "layers": 5, "maps": 16, "dropout": 0.0},
+        {"name": "ssm", "width": 16, "layers": 1, "head_width": 8, "state": 8, "dropout": 0.0},
+    ],
 )
 def test_the_other_heads_learn_it_too(train: Any, head: dict[str, Any]) -> None:
     result = train(temporal=LEARN | {"head": head, "baseline": False, "epochs": 30})
@@ -404,7 +409,7 @@ def test_bad_features_leave_no_run_behind(train: Any, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("native_bf16")
 @pytest.mark.parametrize("mode", ["full", "chunked"])
-@pytest.mark.parametrize("name", ["lstm", "gru", "tcn", "linear"])
+@pytest.mark.parametrize("name", ["lstm", "gru", "tcn", "linear", "ssm"])
 def test_every_head_runs_in_bf16(train: Any, mode: str, name: str) -> None:
     temporal = {"sequence": MODES[mode]["sequence"], "head": {"name": name}, "precision": "bf16", "epochs": 1}
     result = train(temporal=temporal | {"baseline": False})

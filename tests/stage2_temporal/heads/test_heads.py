@@ -28,6 +28,7 @@ CAUSAL: dict[str, Any] = {
     "gru": head_settings.GruHead(name="gru", hidden=7, layers=2),
     "tcn": head_settings.TcnHead(name="tcn", stages=1, layers=3, maps=6),
     "tcn of three stages": head_settings.TcnHead(name="tcn", stages=3, layers=4, maps=5),
+    "ssm": head_settings.SsmHead(name="ssm", width=6, layers=2, head_width=4, state=3, step_max=1.0),
     "linear": head_settings.LinearHead(name="linear"),
 }
 BIDIRECTIONAL = head_settings.LstmHead(hidden=7, layers=2, bidirectional=True)
@@ -44,7 +45,7 @@ def frames(batch: int, count: int, seed: int = 1) -> Tensor:
 
 
 def test_every_head_of_the_schema_is_in_the_registry() -> None:
-    assert set(head_settings.HEAD_SETTINGS.names()) == set(HEADS.names()) == {"lstm", "gru", "tcn", "linear"}
+    assert set(head_settings.HEAD_SETTINGS.names()) == set(HEADS.names()) == {"lstm", "gru", "tcn", "linear", "ssm"}
 
 
 @pytest.mark.parametrize("name", CAUSAL)
@@ -72,7 +73,12 @@ def test_whole_chunked_and_single_frames_agree(name: str, cuts: list[int], seed:
             torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
 
 
-DEFAULTS: list[Any] = [head_settings.LstmHead(), head_settings.GruHead(name="gru"), head_settings.TcnHead(name="tcn")]
+DEFAULTS: list[Any] = [
+    head_settings.LstmHead(),
+    head_settings.GruHead(name="gru"),
+    head_settings.TcnHead(name="tcn"),
+    head_settings.SsmHead(name="ssm"),
+]
 
 
 @pytest.mark.parametrize("config", DEFAULTS, ids=[config.name for config in DEFAULTS])
@@ -127,7 +133,7 @@ def test_padding_never_leaks(name: str, lengths: list[int]) -> None:
         for i, length in enumerate(lengths):
             alone = head(x[i : i + 1, :length])
             torch.testing.assert_close(together.logits[i, :length], alone.logits[0], atol=1e-5, rtol=0)
-            if "tcn" not in name:  # a recurrent state is that after the last real frame
+            if name.split()[0] not in ("tcn", "ssm"):  # a recurrent state is that after the last real frame
                 for one, other in zip(together.state, alone.state, strict=True):
                     torch.testing.assert_close(one[i], other[0], atol=1e-5, rtol=0)
 

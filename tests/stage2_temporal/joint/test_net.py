@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.errors import UserError
-from configs.head_settings import GruHead, LinearHead, LstmHead, TcnHead
+from configs.head_settings import GruHead, LinearHead, LstmHead, SsmHead, TcnHead
 from configs.schema import Config, JointNetConfig
 from stage1_cnn.encoders.backbone import build_backbone
 from stage2_temporal.joint.net import (
@@ -61,6 +61,7 @@ def test_cl_is_the_published_net_written_out() -> None:
         LstmHead(hidden=6, fc_hidden=5),
         GruHead(name="gru", hidden=6),
         TcnHead(name="tcn", layers=2, maps=4),
+        SsmHead(name="ssm", width=6, head_width=4, state=3),
         LinearHead(name="linear"),
     ],
 )
