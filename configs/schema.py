@@ -257,8 +257,10 @@ class ScheduleConfig(Strict):
         return {key: f"name={self.name}" for key, names in users.items() if self.name not in names}
 
 
-class LoopConfig(Strict):
+class LoopConfig(OmitsDefaults):
     """The settings that all training loops have."""
+
+    OMITTED = frozenset({"ema_decay"})
 
     epochs: int = Field(25, ge=1)
     optim: OptimConfig = OptimConfig()
@@ -268,6 +270,13 @@ class LoopConfig(Strict):
     precision: Precision = "auto"
     checkpoint_minutes: float = Field(
         10.0, gt=0, description="last.pt is written after each epoch, and within an epoch after this time"
+    )
+    ema_decay: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="validate and keep the exponential moving average of the weights, of which each step keeps this "
+        "fraction, fewer at first; null: the weights of the last step",
     )
 
 
@@ -279,10 +288,10 @@ class AugmentConfig(Strict):
     saturation: float = Field(0.0, ge=0, lt=1)
 
 
-class CnnConfig(OmitsDefaults, LoopConfig):
+class CnnConfig(LoopConfig):
     """Stage one: training a CNN on single frames."""
 
-    OMITTED = frozenset({"freeze_until", "layer_lr_decay"})
+    OMITTED = LoopConfig.OMITTED | {"freeze_until", "layer_lr_decay"}
 
     backbone: str = Field(
         DEFAULT_BACKBONE,
@@ -415,7 +424,7 @@ class SequenceConfig(Strict):
 FeaturesIn = Literal["auto", "memory", "stream"]
 
 
-class TemporalConfig(OmitsDefaults, LoopConfig):
+class TemporalConfig(LoopConfig):
     """Stage two: training a phase model on sequences of embeddings."""
 
     head: HeadConfig = LstmHead()

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from configs.errors import UserError
 from configs.schema import LoopConfig
+from engine.averaging import MovingAverage
 from engine.checkpoints import RollingCheckpoint, load_checkpoint, random_states, restore_random_states
 from engine.files import remove_stale_temporaries, sha256_json
 from engine.launch import launcher_died
@@ -71,6 +72,9 @@ class TrainingSession:
     the same as those of a single process with the whole batch. `last.pt` also contains each rank's own random states
     and carried state.
 
+    With `ema_decay`, `evaluated` holds the moving average of the weights, which is what a loop validates and what
+    `best.pt` contains; otherwise it is the model itself.
+
     With `reads_late` (the default on GPUs), losses are read from the device, and exchanged between ranks, for a group
     of steps at once, so that a step need not wait for the device.
     """
@@ -91,10 +95,14 @@ class TrainingSession:
         self.folder, self.accelerator, self.config, self.describe = folder, accelerator, config, describe
         optimizer = build_optimizer(groups, config.optim)
         self.raw_model = model  # without DDP; Accelerate's `unwrap_model` would import torch's compiler
+        self._average = None if config.ema_decay is None else MovingAverage(model, config.ema_decay)
         own = set(vars(model))
         # explicit device_placement saves Accelerate the import of torch.distributed.tensor (0.5 s)
         self.model, self.optimizer = accelerator.prepare(model, optimizer, device_placement=[True, True])
         self._accelerates = set(vars(model)) - own  # attributes that Accelerate has added, such as `forward`
+        if self._average is not None:
+            self._average.module.to(accelerator.device)
+        self.evaluated: Any = model if self._average is None else self._average.module
         self.schedule = Schedule(self.optimizer, config.schedule, config.epochs)
         self.log = MetricLog(folder, enabled=accelerator.is_main_process)
         self.position = Position()
@@ -129,6 +137,8 @@ class TrainingSession:
             raise UserError(f"{self._last.path}: belongs to another configuration; delete the folder")
         own = self._own_part(content)
         self.raw_model.load_state_dict(content["model"] | own["extra"])
+        if self._average is not None:
+            self._average.load_state_dict(content["average"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.schedule.load_state_dict(content["schedule"])
         if self.accelerator.scaler is not None and content["scaler"]:
@@ -239,6 +249,8 @@ class TrainingSession:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             self.schedule.step()
+            if self._average is not None:
+                self._average.update_parameters(self.raw_model)
         self.position.step += 1
         self.position.global_step += 1
         if self._reads_late and (logs or self.position.step == self._steps_in_epoch):
@@ -269,7 +281,7 @@ class TrainingSession:
         self.log.log("epoch", position.global_step, values)
         position.epoch, position.step, position.loss_sum = position.epoch + 1, 0, 0.0
         if better and self.accelerator.is_main_process:
-            self._best.save(self._content(values))
+            self._best.save(self._content(self.evaluated, values))
         self._save_last()
         if self.processes.first:
             self._best.previous.unlink(missing_ok=True)
@@ -282,7 +294,7 @@ class TrainingSession:
         If the training is stopped meanwhile, the state after the epoch's last step is saved: it resumes with the
         validation.
         """
-        self.processes.send_buffers(self.raw_model)
+        self.processes.send_buffers(self.evaluated)
         self._sharing = self.processes.count > 1
         try:
             return self.processes.together(work)
@@ -396,8 +408,8 @@ class TrainingSession:
             for index, group in enumerate(self.optimizer.param_groups)
         }
 
-    def _content(self, values: dict[str, Any]) -> dict[str, Any]:
-        return {"identity": self._identity, "model": self.raw_model.state_dict(), "scores": values, **self.describe}
+    def _content(self, model: nn.Module, values: dict[str, Any]) -> dict[str, Any]:
+        return {"identity": self._identity, "model": model.state_dict(), "scores": values, **self.describe}
 
     def _save_last(self) -> None:
         self._read_losses()
@@ -409,7 +421,9 @@ class TrainingSession:
             return
         self.log.sync()
         scaler = self.accelerator.scaler
-        content = self._content({}) | {
+        average = {} if self._average is None else {"average": self._average.state_dict()}
+        content = self._content(self.raw_model, {}) | {
+            **average,
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else {},

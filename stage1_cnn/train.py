@@ -204,7 +204,7 @@ def validate(session: TrainingSession, loader: FrameLoader, data: FrameData, con
     """
     val, tools = data.val, data.index.dataset.tools
     scores: dict[str, float | None] = {"val_map": None}
-    if session.raw_model.phase_head is not None:
+    if session.evaluated.phase_head is not None:
         scores["val_phase_accuracy"] = None
     if not len(val):
         return scores
@@ -228,13 +228,13 @@ def predict(
     """
     requests = session.processes.share(validation_requests(frames, config.cnn.batch_frames))
     outputs = []
-    session.model.eval()
+    session.evaluated.eval()
     hidden = not session.processes.first
     with progress_bar(len(requests), "validation", "step", disable=hidden) as bar, torch.inference_mode():
         for batch in loader.batches(requests):
             session.stop_if_asked()  # saves the epoch's training steps, so that resuming begins with validation
             with session.autocast():
-                output = session.raw_model(batch.inputs(config.preprocess, session.accelerator.device))
+                output = session.evaluated(batch.inputs(config.preprocess, session.accelerator.device))
             tools, phases = output.tool_logits.float().cpu().numpy(), output.phase_logits
             outputs.append((tools, None if phases is None else phases.float().cpu().numpy()))
             bar.update(1)

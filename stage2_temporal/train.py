@@ -156,7 +156,7 @@ def train_head(
                 give_back_freed_memory()
                 trimmed = time.monotonic()
             speed = frames * remaining / len(batches) / seconds
-            scores = validate(model, data, settings.sequence, session)
+            scores = validate(session.evaluated, data, settings.sequence, session)
             bar.set_postfix(loss=f"{session.mean_loss:.4f}", val_accuracy=scores["val_accuracy"], refresh=False)
             bar.update(1)
             session.finish_epoch({**scores, "frames_per_s": round(speed, 1)}, scores["val_accuracy"])

@@ -338,8 +338,9 @@ def words_of(world: World, command: str, name: str) -> list[str]:
 
 
 def test_two_processes_train_stage_one_as_one(frame_world: World) -> None:
-    alone(words_of(frame_world, "train-cnn", "one"))
-    succeed([*PIPELINE, *words_of(frame_world, "train-cnn", "two"), *DEVICES], frame_world.base)
+    average = ["--set", "cnn.ema_decay=0.9"]
+    alone([*words_of(frame_world, "train-cnn", "one"), *average])
+    succeed([*PIPELINE, *words_of(frame_world, "train-cnn", "two"), *average, *DEVICES], frame_world.base)
     runs = frame_world.config.runs
     assert_same_losses(runs / "one" / "cnn", runs / "two" / "cnn")
     assert scores(runs / "one" / "cnn", "val_map") == pytest.approx(scores(runs / "two" / "cnn", "val_map"), abs=0.01)

@@ -310,7 +310,7 @@ def train_step(
                     session.update(loss, data.train.start_of(batch))
             if phase is not None:
                 phase.carried = ()
-            scores = validate(net, config, data, session)
+            scores = validate(session.evaluated, config, data, session)
             session.finish_epoch(scores, score=deciding_score(scores, choices(step))[1])
 
 

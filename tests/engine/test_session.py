@@ -83,7 +83,7 @@ def train(
                 os.kill(os.getpid(), signal.SIGKILL)
             if stop_after is not None and session.position.global_step >= stop_after:
                 stop.number = signal.SIGTERM
-        score = -(session.model.eval()(INPUTS) - TARGETS).square().mean().item()
+        score = -(session.evaluated.eval()(INPUTS) - TARGETS).square().mean().item()
         session.finish_epoch({"val": score}, score)
     return session.raw_model
 
@@ -112,19 +112,24 @@ def in_a_fork(work: Callable[[], object]) -> int:
 CONFIG = LoopConfig(epochs=3, precision="fp32")
 
 
-@given(stops=st.lists(st.integers(1, 3 * STEPS), min_size=1, max_size=3), accumulate=st.sampled_from([1, 2, 3]))
-@settings(deadline=None, max_examples=12, suppress_health_check=list(HealthCheck))
+@given(
+    stops=st.lists(st.integers(1, 3 * STEPS), min_size=1, max_size=3),
+    accumulate=st.sampled_from([1, 2, 3]),
+    ema_decay=st.sampled_from([None, 0.6]),
+)
+@settings(deadline=None, max_examples=14, suppress_health_check=list(HealthCheck))
 def test_resumed_equals_uninterrupted(
-    tmp_path_factory: pytest.TempPathFactory, stops: list[int], accumulate: int
+    tmp_path_factory: pytest.TempPathFactory, stops: list[int], accumulate: int, ema_decay: float | None
 ) -> None:
     whole, parts = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("parts")
-    expected = train(whole, CONFIG, accumulate=accumulate).state_dict()
+    config = CONFIG.model_copy(update={"ema_decay": ema_decay})
+    expected = train(whole, config, accumulate=accumulate).state_dict()
     for stop_after in sorted(stops):
         try:
-            train(parts, CONFIG, stop_after, accumulate)
+            train(parts, config, stop_after, accumulate)
         except Stopped as stopped:
             assert stopped.exit_code == 75  # noqa: PT017 - two stops at the same moment end the run instead
-    found = train(parts, CONFIG, accumulate=accumulate).state_dict()
+    found = train(parts, config, accumulate=accumulate).state_dict()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     assert log_without_times(whole) == log_without_times(parts)
     best = [load_checkpoint(folder / "best.pt")["model"] for folder in (whole, parts)]
@@ -287,6 +292,33 @@ def test_accumulated_batches_step_like_one_large_batch(tmp_path: Path) -> None:
             session.finish_epoch({}, None)
         weights.append(session.raw_model.weight.detach())
     assert torch.allclose(weights[0], weights[1], atol=1e-6)
+
+
+def test_the_best_checkpoint_holds_the_moving_average_of_weights_and_running_statistics(tmp_path: Path) -> None:
+    """Against the formula written out, with a group of two batches for each step."""
+    accelerator, _ = make_accelerator("cpu", "fp32")
+    model = nn.Sequential(nn.Linear(6, 2), nn.BatchNorm1d(2))
+    config = LoopConfig(epochs=2, precision="fp32", ema_decay=0.3)
+    session = TrainingSession(
+        tmp_path, accelerator, model, [{"params": model.parameters()}], config, {}, Processes(), 2, bar=False
+    )
+    expected: dict[str, torch.Tensor] = {}
+    for _ in session.epochs():
+        for rows in session.batches(torch.arange(16).split(2), 8):
+            session.update(session.model(INPUTS[rows]).square().mean())
+            if session.position.step % 2:
+                continue
+            n = session.position.global_step // 2 - 1
+            kept = min(0.3, (1 + n) / (10 + n)) if n else 0.0
+            weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
+            expected = {name: kept * expected.get(name, value) + (1 - kept) * value for name, value in weights.items()}
+        session.finish_epoch({}, None)
+        assert any(not torch.equal(value, weights[name]) for name, value in expected.items())
+        found = load_checkpoint(tmp_path / "best.pt")["model"]
+        assert found.keys() == expected.keys()
+        for name in ("0.weight", "0.bias", "1.weight", "1.bias", "1.running_mean", "1.running_var"):
+            assert torch.allclose(found[name], expected[name], atol=1e-6), name
+        assert torch.equal(load_checkpoint(tmp_path / "last.pt")["model"]["0.weight"], weights["0.weight"])
 
 
 def test_a_loss_that_is_not_finite_names_the_batch_and_keeps_the_checkpoint(tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def test_the_result_says_what_was_done(train: Any, tmp_path: Path, cue_folder: P
 def test_the_score_is_that_of_the_chosen_model(
     train: Any, tmp_path: Path, cue_folder: Path, videos_of: Any, mode: str
 ) -> None:
-    result = train(temporal=MODES[mode])
+    result = train(temporal=MODES[mode] | ({"ema_decay": 0.9} if mode == "clips" else {}))
     for folder, score in (("temporal", result["val_accuracy"]), ("temporal/frame", result["frame"]["val_accuracy"])):
         model, about = load_temporal(tmp_path / "run" / folder)
         videos = videos_of(cue_folder, "val")
@@ -186,6 +186,7 @@ def test_twice_is_the_same(train: Any, tmp_path: Path) -> None:
 )
 def test_resumed_equals_uninterrupted(train: Any, tmp_path: Path, mode: str, every: int) -> None:
     settings = MODES[mode] | (DROPOUT if mode != "chunked" or every != 3 else {})
+    settings |= {"ema_decay": 0.5} if mode == "chunked" else {}
     whole = train("whole", settings)
     starts = 0
     while True:
