@@ -422,10 +422,47 @@ class SequenceConfig(Strict):
 
 
 FeaturesIn = Literal["auto", "memory", "stream"]
+DecodingMode = Literal["none", "calibrated", "causal", "offline"]
+
+
+class DecodingConfig(Strict):
+    """How `evaluate` and `predict` decode the probabilities of stage two (docs/decoding.md); no part of a training."""
+
+    mode: DecodingMode = Field(
+        "none",
+        description="none: the most probable class of each frame; calibrated: the same, with probabilities scaled by a "
+        "temperature; causal: Viterbi over the transitions in the training labels, from this and earlier frames; "
+        "offline: the same over whole videos",
+    )
+    lag_s: float = Field(
+        0.0, ge=0, le=600, description="mode=causal: decide a frame only when this much of what follows has been seen"
+    )
+    min_duration_s: float | None = Field(
+        None,
+        ge=0,
+        le=600,
+        description="minimum duration of a segment, which no shorter one in the training labels contradicts; null: "
+        "as fitted on the validation videos",
+    )
+
+    @model_validator(mode="after")
+    def _lag_is_of_causal_decoding(self) -> DecodingConfig:
+        if self.lag_s and self.mode == "offline":
+            raise ValueError("lag_s: mode=offline sees the whole video; leave it at 0")
+        return self
+
+    @property
+    def unused(self) -> dict[str, str]:
+        """The settings that have no effect, because of the values of others, each with that reason."""
+        if self.mode in ("none", "calibrated"):
+            return dict.fromkeys(("lag_s", "min_duration_s"), f"mode={self.mode}")
+        return {} if self.mode == "causal" else {"lag_s": f"mode={self.mode}"}
 
 
 class TemporalConfig(LoopConfig):
     """Stage two: training a phase model on sequences of embeddings."""
+
+    OMITTED = frozenset({"decoding"})
 
     head: HeadConfig = LstmHead()
     sequence: SequenceConfig = SequenceConfig()
@@ -449,6 +486,7 @@ class TemporalConfig(LoopConfig):
         description="keep all features in memory, or read each batch from the feature files (stream), with identical "
         "results; auto: stream if the features would take more than 40 % of the available memory",
     )
+    decoding: DecodingConfig = DecodingConfig()
 
 
 class JointNetConfig(Strict):

@@ -25,7 +25,7 @@ from configs import head_settings, schema
 from configs.errors import UserError
 from configs.load import NO_KEYS, GivenKeys
 from configs.schema import MAIN_TRACK, TEMPORAL_FOLDER, Config
-from engine.device import choose_precision, make_accelerator, require_bf16, seed_everything, start_stage
+from engine.device import choose_device, choose_precision, make_accelerator, require_bf16, seed_everything, start_stage
 from engine.files import make_folder, sha256_file
 from engine.logs import METRICS_LOG, read_metrics
 from engine.memory import give_back_freed_memory, needs_gpu_memory
@@ -41,6 +41,7 @@ from features.dataset.trained_on import inherited_from, record_training
 from features.frames.settings_match import require_features_of
 from features.video_labels import NO_LABEL
 from stage2_temporal.data import Batch, FeatureBank, Span, TrainingData, epoch_batches, read_training_data
+from stage2_temporal.fit_decoding import write_decoding
 from stage2_temporal.heads.base import build_head, detach_state, first_rows
 from stage2_temporal.heads.standardise import Standardise
 from stage2_temporal.model import PhaseModel
@@ -88,6 +89,7 @@ def train_temporal(
     stage = StageFolder(run, TEMPORAL_FOLDER, config, _identity(config, data))
     finished = processes.from_first(lambda: stage.result)
     if finished is not None:
+        processes.from_first(partial(write_decoding, stage.path, config, data, choose_device(config.device)))
         return replace(TrainingResult.from_json(finished), left_out=data.index.left_out_records())
     accelerator, precision = make_accelerator(config.device, config.temporal.precision, "temporal.precision")
     require_arithmetic(config.temporal, accelerator.device)
@@ -102,6 +104,7 @@ def train_temporal(
     if config.temporal.baseline:
         linear = head_settings.LinearHead(name="linear")
         frame = train_head(stage.path / FRAME_FOLDER, linear, config, data, constants, accelerator, processes, start)
+    processes.from_first(partial(write_decoding, stage.path, config, data, accelerator.device))
     computed = {"device": str(accelerator.device), "precision": precision, "features": str(folder)}
     return processes.from_first(lambda: _combined(data, outcome, frame, computed).write(stage))
 
@@ -381,7 +384,7 @@ def _identity(config: Config, data: TrainingData) -> StageIdentity:
     return StageIdentity(
         {
             "seed": config.seed,
-            "temporal": settings_without(config.temporal, "start_from", "features"),
+            "temporal": settings_without(config.temporal, "start_from", "features", "decoding"),
             "start_sha256": sha256_file(start) if start is not None and start.is_file() else None,
             "encoder_digest": data.encoder_digest,
             "dataset": data.index.dataset.name,

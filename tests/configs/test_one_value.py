@@ -22,6 +22,7 @@ from configs.schema import Config, JointStepConfig
 PRESET_NAMES = sorted(path.stem for path in PRESETS.glob("*.yaml"))
 QUICK = ("cholec80", "mtrcnet_cl")
 RANDOM_PAIRS = 500
+LEFT_OUT: dict[str, Any] = {"": None}  # a block that is not written, since all its values are the defaults
 NAME = "temporal.head.name"  # determines which other keys exist
 
 
@@ -56,7 +57,7 @@ def leaves(values: dict[str, Any]) -> dict[str, Any]:
     found = {}
     for key, field in fields_of(Config, values):
         *above, leaf = key.split(".")
-        block = functools.reduce(lambda at, name: at and at[name], above, values)
+        block = functools.reduce(lambda at, name: at and at.get(name, LEFT_OUT), above, values)
         found[key] = block and block.get(leaf, field.default)
     return {key: value for key, value in found.items() if value is not None}
 

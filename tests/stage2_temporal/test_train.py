@@ -439,3 +439,17 @@ def test_no_image_library_and_no_decoder_is_imported(tmp_path: Path, cue_folder:
     done = subprocess.run([sys.executable, "-c", script], cwd=PROJECT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run/temporal/best.pt").is_file()
+
+
+def test_the_decoding_is_fitted_once_and_changes_no_training(train: Any, tmp_path: Path) -> None:
+    first = train(temporal={"epochs": 1, "baseline": False})
+    path = tmp_path / "run/temporal/decoding.json"
+    fitted = path.read_bytes()
+    content = json.loads(fitted)
+    assert (len(content["train"]), len(content["val"]), content["fps"]) == (6, 2, 1.0)
+    assert content["tracks"]["phases"]["after"]["accuracy"] > 0
+    path.unlink()  # as in a run of an earlier version: the same command writes it, without training again
+    decoded = {"epochs": 1, "baseline": False, "decoding": {"mode": "causal", "lag_s": 3}}
+    assert train(temporal=decoded)["seconds"] == first["seconds"]
+    assert path.read_bytes() == fitted
+    assert "decoding" not in (tmp_path / "run/temporal/identity.json").read_text()

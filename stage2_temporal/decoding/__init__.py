@@ -1,0 +1,1 @@
+"""Decode and calibrate the probabilities of any head: temperature, forward filter, Viterbi (docs/decoding.md)."""

@@ -1,0 +1,78 @@
+"""Decode a video's probabilities frame by frame, or as a whole by the same steps."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from configs.schema import DecodingConfig
+from evaluation.metrics.counts import FloatArray
+from stage2_temporal.decoding.calibration import log_probabilities, scaled
+from stage2_temporal.decoding.fitted import TrackDecoding
+from stage2_temporal.decoding.inference import Chains, ForwardFilter, Viterbi, smoothed
+
+
+class Decision(NamedTuple):
+    """The class of one frame, and the calibrated probabilities (C,) fp32 of all classes."""
+
+    label: int
+    probabilities: NDArray[np.float32]
+
+
+class Decoder:
+    """The decoder of one label track and one video.
+
+    `step` takes the head's probabilities of the next frame and returns the decisions that are now final, in the order
+    of the frames; `finish` returns the rest, and afterwards there are as many decisions as frames. With `mode=causal`
+    the decision of a frame depends on it, the frames before it, and the `lag_s` seconds after it; its probabilities
+    depend on no later frame at all. With `mode=offline` all decisions are made by `finish`, from the whole video.
+    """
+
+    def __init__(self, fitted: TrackDecoding, settings: DecodingConfig, fps: float) -> None:
+        self._fitted, self._mode, self._fps = fitted, settings.mode, fps
+        offline = settings.mode == "offline"
+        minimum = fitted.min_duration_s if settings.min_duration_s is None else settings.min_duration_s
+        lag = None if offline else round(settings.lag_s * fps)
+        self._viterbi = Viterbi(Chains.of(fitted.graph, fps, minimum), lag)
+        self._filter = ForwardFilter(fitted.graph, fps)
+        self._posteriors: deque[FloatArray] = deque()  # of the frames without a decision, each (1, C)
+        self._emissions: list[FloatArray] = []  # only offline
+
+    def step(self, probabilities: ArrayLike) -> list[Decision]:
+        """The decisions that are final with this frame, whose probabilities are (C,)."""
+        log_p = log_probabilities(np.asarray(probabilities))[None]
+        if self._mode in ("none", "calibrated"):
+            found = scaled(log_p, self._fitted.temperature if self._mode == "calibrated" else 1.0)[0]
+            return [Decision(int(found.argmax()), found.astype(np.float32))]
+        emission = self._fitted.emissions(log_p, self._fps)
+        self._posteriors.append(self._filter.step(emission))
+        if self._mode == "offline":
+            self._emissions.append(emission)
+        decided = self._viterbi.step(emission)
+        return [] if decided is None else [self._decision(int(decided[0]), self._fitted.filter_temperature)]
+
+    def finish(self) -> list[Decision]:
+        """The decisions of the remaining frames, at the end of the video."""
+        temperature = self._fitted.filter_temperature
+        if self._emissions:
+            found = smoothed(self._fitted.graph, self._fps, np.stack(self._emissions), np.stack(list(self._posteriors)))
+            self._posteriors, temperature = deque(found), self._fitted.smoother_temperature
+        return [self._decision(int(one[0]), temperature) for one in self._viterbi.finish()]
+
+    def _decision(self, label: int, temperature: float) -> Decision:
+        posterior = self._posteriors.popleft()[0]
+        return Decision(label, scaled(log_probabilities(posterior), temperature).astype(np.float32))
+
+
+def decode(
+    fitted: TrackDecoding, settings: DecodingConfig, fps: float, probabilities: NDArray[np.floating]
+) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Labels (T,) and probabilities (T, C) of a whole video, of which the head's probabilities are (T, C)."""
+    decoder = Decoder(fitted, settings, fps)
+    found = [decision for frame in probabilities for decision in decoder.step(frame)] + decoder.finish()
+    labels = np.array([one.label for one in found], dtype=np.int8)
+    values = [one.probabilities for one in found]
+    return labels, np.stack(values) if values else np.zeros(probabilities.shape, np.float32)

@@ -1,0 +1,116 @@
+"""The fitted decoding of a run, `decoding.json`: for each label track a transition graph and the parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from configs.errors import UserError, one_line
+from engine.files import read_json, sha256_file, write_json
+from engine.records import Record
+from engine.runs import BEST_FILE
+from evaluation.metrics.counts import FloatArray
+from stage2_temporal.decoding.calibration import log_probabilities, scaled
+from stage2_temporal.decoding.graph import TransitionGraph
+
+DECODING_FILE = "decoding.json"
+MAX_MIN_DURATION_S = 600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationScores(Record):
+    """Results on the validation videos: accuracy (percent, mean over videos) and false transitions per hour."""
+
+    accuracy: float
+    false_transitions_per_h: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackDecoding(Record):
+    """The decoding of one label track.
+
+    `temperature` is that of the head. `kappa` is the weight of the evidence of one second, `alpha` the power to which
+    the training frequency of classes is divided out, and `min_duration_s` the minimum duration of a segment. The
+    posteriors of filter and smoother have temperatures of their own. `before` and `after` are the results on the
+    validation videos without decoding and with causal decoding; None without validation videos.
+    """
+
+    classes: tuple[str, ...]
+    temperature: float = 1.0
+    kappa: float
+    alpha: float
+    min_duration_s: float
+    filter_temperature: float = 1.0
+    smoother_temperature: float = 1.0
+    graph: TransitionGraph
+    before: ValidationScores | None = None
+    after: ValidationScores | None = None
+
+    def emissions(self, log_p: FloatArray, fps: float) -> FloatArray:
+        """The log-emissions (..., C) of the head's log-probabilities (..., C) of frames at `fps`."""
+        likelihood = log_probabilities(scaled(log_p, self.temperature))
+        found: FloatArray = self.kappa / fps * (likelihood - self.alpha * np.log(self.graph.frequency))
+        return found
+
+    def check(self, classes: Sequence[str]) -> None:
+        """Raise ValueError unless the values are possible and those of `classes`."""
+        if self.classes != tuple(classes):
+            raise ValueError(f"its classes are {', '.join(self.classes)}, not {', '.join(classes)}")
+        self.graph.require_classes(len(classes))
+        if not (np.array(self.graph.frequency) > 0).all() or not (np.array(self.graph.mean_s) > 0).all():
+            raise ValueError("frequency and mean_s must be positive")
+        limits = {
+            "temperature": (0.01, 100.0),
+            "filter_temperature": (0.01, 100.0),
+            "smoother_temperature": (0.01, 100.0),
+            "kappa": (1e-6, 1e6),
+            "alpha": (0.0, 1.0),
+            "min_duration_s": (0.0, MAX_MIN_DURATION_S),
+        }
+        for name, (low, high) in limits.items():
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name} must be from {low:g} to {high:g}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FittedDecoding(Record):
+    """The content of `decoding.json`.
+
+    `weights_sha256` is the hash of the checkpoint whose probabilities were used. The graphs were learnt from the labels
+    of the videos `train`, and the parameters fitted on those of `val`, at `fps`.
+    """
+
+    weights_sha256: str
+    fps: float
+    train: tuple[str, ...]
+    val: tuple[str, ...]
+    tracks: Mapping[str, TrackDecoding]
+
+    def write(self, folder: Path) -> None:
+        """Write `decoding.json` into the folder of stage two."""
+        write_json(folder / DECODING_FILE, self.to_json())
+
+
+def load_decoding(folder: Path, tracks: Mapping[str, Sequence[str]]) -> FittedDecoding:
+    """The fitted decoding in a folder of stage two, for a net with these classes of each track.
+
+    Raises UserError if there is none, as in runs of earlier versions, or if it is damaged or of another checkpoint.
+    """
+    path = folder / DECODING_FILE
+    again = "run train-temporal again with the run's settings, which only fits the decoding if the run is finished"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file, so there is no decoding; {again}")
+    try:
+        found = FittedDecoding.from_json(read_json(path))
+        if set(found.tracks) != set(tracks):
+            raise ValueError(f"its tracks are {', '.join(found.tracks)}")
+        for name, classes in tracks.items():
+            found.tracks[name].check(classes)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: damaged ({one_line(error)}); delete it and {again}") from error
+    if found.weights_sha256 != sha256_file(folder / BEST_FILE):
+        raise UserError(f"{path}: fitted to another checkpoint than {BEST_FILE}; delete it and {again}")
+    return found
