@@ -116,6 +116,41 @@ class SsmHead(HeadSettings):
         return self
 
 
+class TransSvnetHead(HeadSettings):
+    """Trans-SVNet (Gao et al., MICCAI 2021): the spatial embedding attends to a causal TCN's last outputs."""
+
+    name: Literal["trans_svnet"]
+    stages: int = Field(2, ge=1, le=16, description="stages of the TCN")
+    layers: int = Field(8, ge=1, le=14, description="layers of each stage of the TCN")
+    maps: int = Field(32, ge=1, description="feature maps of the TCN")
+    dropout: float = Field(0.5, ge=0, lt=1, description="dropout of the TCN")
+    window: int = Field(30, ge=1, le=1000, description="number of the TCN's last outputs that are attended to")
+    width: int = Field(32, ge=1, description="width of the attention layers; a multiple of attention_heads")
+    attention_heads: int = Field(4, ge=1)
+
+    @model_validator(mode="after")
+    def _divisible(self) -> TransSvnetHead:
+        if self.width % self.attention_heads:
+            raise ValueError(f"width {self.width} is not a multiple of attention_heads {self.attention_heads}")
+        return self
+
+
+class MstcnPlusPlusHead(HeadSettings):
+    """MS-TCN++ (Li et al., TPAMI 2020), which is offline: each output depends on frames before and after it."""
+
+    name: Literal["mstcn++"]
+    layers: int = Field(11, ge=1, le=14, description="dual dilated layers of the first stage")
+    refinements: int = Field(3, ge=0, le=16, description="number of refinement stages")
+    refinement_layers: int = Field(10, ge=1, le=14, description="layers of each refinement stage")
+    maps: int = Field(64, ge=1)
+    dropout: float = Field(0.5, ge=0, lt=1)
+
+    @property
+    def causal(self) -> bool:
+        """False: the convolutions are centred."""
+        return False
+
+
 class LinearHead(HeadSettings):
     """One linear layer on single frames: the baseline without temporal context."""
 

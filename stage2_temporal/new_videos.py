@@ -68,7 +68,6 @@ class Recogniser:
 
     `encode` maps resized frames (N, R, R, 3) uint8 to the input of `phase`, which is (N, D) or (N, D + K) fp32, and to
     tool logits (N, K), or None without a tool branch. `weights` holds the SHA-256 of each checkpoint or encoder.
-    Raises UserError for a head that looks into the future.
     """
 
     encode: Callable[[Tensor], tuple[Tensor, NDArray[np.float32] | None]]
@@ -79,9 +78,6 @@ class Recogniser:
     spec: DataSetSpec
     weights: dict[str, str]
     tracks: tuple[str, ...] = ()  # additional label tracks, in the order of `phase`'s output after the phases
-
-    def __post_init__(self) -> None:
-        require_causal(self.phase.head)
 
     def by_track(self, probabilities: NDArray[np.float32]) -> list[NDArray[np.float32]]:
         """The output of `phase` (T, C), divided into the probabilities of the phases and of each of `tracks`."""
@@ -131,6 +127,7 @@ def pair_of_stages(
     """
     folder = run / TEMPORAL_FOLDER
     model, about = load_temporal(folder)
+    require_causal(model.head)
     inference = chosen_inference(inference, about.inference, model, folder)
     recorded = about.encoder
     if not recorded:

@@ -357,8 +357,9 @@ def _require_sensible(config: Config) -> None:
         )
     if not settings.head.causal and settings.sequence.mode == "chunked":
         raise UserError(
-            "temporal.head: a head that looks into the future (such as bidirectional=true) is offline only and has no "
-            "state to carry from chunk to chunk; use temporal.sequence.mode=full or clips"
+            f"temporal.head: {settings.head.name} looks into the future, so it is offline only and has no state to "
+            "carry from chunk to chunk; use temporal.sequence.mode=full or clips, or choose a causal head (an LSTM is "
+            "one with bidirectional=false)"
         )
     if settings.tool_logits and settings.start_from is not None:
         raise UserError(

@@ -52,7 +52,7 @@ class Head(nn.Module, ABC):
 
     def __init__(self, config: HeadSettings, embedding_dim: int, phases: int) -> None:
         super().__init__()
-        self.causal, self.phases = config.causal, phases
+        self.name, self.causal, self.phases = config.name, config.causal, phases
         self.widths: tuple[int, ...] = (phases,)
 
     def configure_training(self, settings: TemporalConfig) -> None:
@@ -141,6 +141,7 @@ def require_causal(head: Head) -> None:
     """Raise UserError for a head that looks into the future, which cannot carry a state or process single frames."""
     if not head.causal:
         raise UserError(
-            "temporal.head: a head that looks into the future (such as bidirectional=true) is offline only: it needs "
-            "whole videos or clips, and takes neither chunks with carried state nor single frames"
+            f"temporal.head: {head.name} looks into the future and is offline only: it needs whole videos or clips, as "
+            "evaluate has, and takes neither chunks with carried state nor single frames; choose a causal head (an "
+            "LSTM is one, unless bidirectional)"
         )

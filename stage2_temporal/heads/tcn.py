@@ -39,7 +39,9 @@ class TcnHead(Head):
     start of a video, which is the same as zero padding.
     """
 
-    def __init__(self, config: head_settings.TcnHead, embedding_dim: int, phases: int) -> None:
+    def __init__(
+        self, config: head_settings.TcnHead | head_settings.TransSvnetHead, embedding_dim: int, phases: int
+    ) -> None:
         super().__init__(config, embedding_dim, phases)
         widths = [embedding_dim] + [phases] * (config.stages - 1)
         self.enter = nn.ModuleList(nn.Conv1d(width, config.maps, 1) for width in widths)

@@ -29,10 +29,15 @@ CAUSAL: dict[str, Any] = {
     "tcn": head_settings.TcnHead(name="tcn", stages=1, layers=3, maps=6),
     "tcn of three stages": head_settings.TcnHead(name="tcn", stages=3, layers=4, maps=5),
     "ssm": head_settings.SsmHead(name="ssm", width=6, layers=2, head_width=4, state=3, step_max=1.0),
+    "trans_svnet": head_settings.TransSvnetHead(name="trans_svnet", layers=3, maps=5, window=7, width=8),
     "linear": head_settings.LinearHead(name="linear"),
 }
 BIDIRECTIONAL = head_settings.LstmHead(hidden=7, layers=2, bidirectional=True)
-EVERY = CAUSAL | {"bidirectional": BIDIRECTIONAL}
+MSTCN = head_settings.MstcnPlusPlusHead(name="mstcn++", layers=4, refinements=1, refinement_layers=3, maps=5)
+OFFLINE: dict[str, Any] = {"bidirectional": BIDIRECTIONAL, "mstcn++": MSTCN}
+EVERY = CAUSAL | OFFLINE
+
+NAMES = {"lstm", "gru", "tcn", "ssm", "trans_svnet", "mstcn++", "linear"}
 
 
 def head_of(config: Any, seed: int = 0) -> Head:
@@ -45,7 +50,7 @@ def frames(batch: int, count: int, seed: int = 1) -> Tensor:
 
 
 def test_every_head_of_the_schema_is_in_the_registry() -> None:
-    assert set(head_settings.HEAD_SETTINGS.names()) == set(HEADS.names()) == {"lstm", "gru", "tcn", "linear", "ssm"}
+    assert set(head_settings.HEAD_SETTINGS.names()) == set(HEADS.names()) == NAMES
 
 
 @pytest.mark.parametrize("name", CAUSAL)
@@ -78,6 +83,7 @@ DEFAULTS: list[Any] = [
     head_settings.GruHead(name="gru"),
     head_settings.TcnHead(name="tcn"),
     head_settings.SsmHead(name="ssm"),
+    head_settings.TransSvnetHead(name="trans_svnet"),
 ]
 
 
@@ -133,13 +139,35 @@ def test_padding_never_leaks(name: str, lengths: list[int]) -> None:
         for i, length in enumerate(lengths):
             alone = head(x[i : i + 1, :length])
             torch.testing.assert_close(together.logits[i, :length], alone.logits[0], atol=1e-5, rtol=0)
-            if name.split()[0] not in ("tcn", "ssm"):  # a recurrent state is that after the last real frame
+            if name.split()[0] in (
+                "lstm",
+                "gru",
+                "bidirectional",
+            ):  # a recurrent state is that after the last real frame
                 for one, other in zip(together.state, alone.state, strict=True):
                     torch.testing.assert_close(one[i], other[0], atol=1e-5, rtol=0)
 
 
-def test_bidirectional_sees_the_future_and_refuses_to_do_without() -> None:
-    head, x = head_of(BIDIRECTIONAL), frames(1, 10)
+@pytest.mark.parametrize("name", EVERY)
+def test_every_parameter_gets_a_finite_gradient_that_padding_does_not_change(name: str) -> None:
+    head, x, lengths = head_of(EVERY[name]), frames(3, 20), torch.tensor([20, 3, 11])
+    real = torch.arange(20) < lengths[:, None]
+    weights = list(head.parameters())
+
+    def gradients(padded: Tensor) -> list[Tensor]:
+        stages = head(padded, None, lengths).logits_per_stage
+        loss = torch.stack([F.cross_entropy(one[real], torch.arange(int(real.sum())) % C) for one in stages]).sum()
+        return list(torch.autograd.grad(loss, weights))
+
+    found = gradients(x)
+    assert all(bool(torch.isfinite(one).all()) and bool(one.any()) for one in found)
+    for one, other in zip(found, gradients(x.masked_fill(~real[..., None], 50.0)), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", OFFLINE)
+def test_offline_heads_see_the_future_and_refuse_to_do_without(name: str) -> None:
+    head, x = head_of(OFFLINE[name]), frames(1, 10)
     assert not head.causal
     changed = x.clone()
     changed[:, 9] += 10
