@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-joint test test-slurm fast fuzz torture lint types bench gpu-check clean
+.PHONY: help install demo demo-joint reproduce-cholec80 test test-slurm fast fuzz torture lint types bench gpu-check clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
 
 install: $(STAMP) ## create .venv and install everything into it
 
@@ -34,6 +34,10 @@ demo-joint: demo ## then both stages as one net, fine-tuned end to end with the 
 		--set data.root=artifacts/demo/videos-$(SEED) --set data.index=artifacts/demo/index-$(SEED).json
 	$(BIN)/python pipeline.py evaluate --config configs/demo_joint.yaml --name $(DEMO_NAME)-joint --set seed=$(SEED) \
 		--set data.root=artifacts/demo/videos-$(SEED) --set data.index=artifacts/demo/index-$(SEED).json
+
+# ROOT is the folder of all 80 videos. OPTIONS="--seeds 1 --splits 40/40" does less, OPTIONS=--dry-run prints the commands.
+reproduce-cholec80: $(STAMP) ## full Cholec80, published and best recipes, every seed and split (ROOT=DIR; docs/cholec80.md)
+	$(BIN)/python benchmarks/reproduce_cholec80.py --root '$(ROOT)' $(OPTIONS)
 
 # One process per core with one thread each; the tests of a file stay together, since they share fixtures. The order of
 # the files is that of tests/conftest.py.

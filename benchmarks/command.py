@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from engine.stopping import StopRequest
 
 PROJECT = Path(__file__).resolve().parent.parent
 PIPELINE = PROJECT / "pipeline.py"
@@ -47,3 +51,22 @@ def pipeline(command: str, config: str, name: str | None, settings: Iterable[str
     for setting in settings:
         arguments += ["--set", setting]
     subprocess.run([sys.executable, str(PIPELINE), *arguments], check=True)
+
+
+def stage_to_end(arguments: Sequence[str], stop: StopRequest) -> int:
+    """Run one command of the pipeline and return its exit code.
+
+    A stop signal of this process is passed on to the command once, which then saves its state and exits; a second
+    Ctrl-C is passed on too. The command is in a session of its own, so that it gets Ctrl-C from here only.
+    """
+    process = subprocess.Popen([sys.executable, str(PIPELINE), *arguments], start_new_session=True)
+    passed_on = False
+    while True:
+        try:
+            return process.wait(0.2)
+        except subprocess.TimeoutExpired:
+            if stop.number is not None and not passed_on:
+                passed_on = True
+                process.send_signal(stop.number)
+        except KeyboardInterrupt:
+            process.send_signal(signal.SIGINT)

@@ -1,0 +1,231 @@
+"""The table of benchmarks/reproduce_cholec80.py: results of finished runs with published figures beside them."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from engine.files import read_json_object, write_json, write_text
+from evaluation.metrics.results import HEAD, METRICS_FILE, read_evaluation
+
+PUBLISHED = Path(__file__).with_name("published_cholec80.yaml")
+OF_FRAMES = ("accuracy", "precision", "recall", "jaccard", "f1")
+TOOLS = ("map_pooled", "map_video")
+_TITLES = {"map_pooled": "mAP, frames pooled", "map_video": "mAP, mean over videos"}
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The runs of every recipe and split, one per seed, and what is shown of them.
+
+    `shared` says for each recipe whether its seeds use the features of one stage one.
+    """
+
+    folders: Mapping[tuple[str, str], Sequence[Path]]
+    titles: Mapping[str, str]
+    shared: Mapping[str, bool]
+    conventions: Sequence[str]
+
+
+def write_table(out: Path, runs: Runs) -> str:
+    """Write `table.json` and `table.md` to the folder `out`, and return the text of the latter.
+
+    Runs that are not evaluated yet are counted, not waited for.
+    """
+    rows = [_row(runs, recipe, split) for recipe, split in runs.folders]
+    published = [_beside(one, rows) for one in yaml.safe_load(PUBLISHED.read_text(encoding="utf-8"))]
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "table.json", {"made": date.today().isoformat(), "rows": rows, "published": published})
+    text = "\n".join(_lines(rows, published)) + "\n"
+    write_text(out / "table.md", text)
+    return text
+
+
+# ---------------------------------------------------------------------------------------------- our rows
+
+
+def _row(runs: Runs, recipe: str, split: str) -> dict[str, Any]:
+    """The results of one recipe on one split, in percent: {convention: {metric: mean, std and values over seeds}}."""
+    wanted = runs.folders[recipe, split]
+    done = [run for run in wanted if (run / "evaluate" / "test" / METRICS_FILE).exists()]
+    found = [read_evaluation(run / "evaluate" / "test" / METRICS_FILE) for run in done]
+    phases = [one.phases.get(HEAD, {}) for one in found]
+    conventions = {
+        name: _over_seeds(
+            [
+                {metric: results[name].score(metric) for metric in results[name].metrics}
+                for results in phases
+                if name in results
+            ]
+        )
+        for name in runs.conventions
+    }
+    tools = [{name: getattr(one.tools, name) for name in TOOLS} for one in found if one.tools]
+    return {
+        "recipe": recipe,
+        "title": runs.titles[recipe],
+        "split": split,
+        "seeds": len(done),
+        "seeds_wanted": len(wanted),
+        "stage_one": "once per split" if runs.shared[recipe] else "with every seed",
+        "simulated": any(bool(one.simulated) for one in found),
+        "test_videos": len(found[0].videos) if found else None,
+        "conventions": {name: scores for name, scores in conventions.items() if scores},
+        "tools": _over_seeds(tools),
+        "training_hours": [_training_hours(run) for run in done],
+        "machines": sorted({machine for run in done for machine in _machines(run)}),
+        "runs": [str(run) for run in done],
+    }
+
+
+def _over_seeds(of_seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Mean and standard deviation (n - 1; null for one seed) of each metric over the seeds that have a value."""
+    table = {}
+    for metric in dict.fromkeys(name for one in of_seeds for name in one):
+        scores = [one.get(metric) for one in of_seeds]
+        values = [getattr(score, "mean", score) for score in scores]
+        values = [value for value in values if value is not None]
+        if values:
+            spread = statistics.stdev(values) if len(values) > 1 else None
+            table[metric] = {"mean": statistics.fmean(values), "std": spread, "values": values}
+    return table
+
+
+def _training_hours(run: Path) -> float:
+    results = [*run.glob("*/result.json"), *run.glob("joint/*/result.json")]
+    return round(sum(float(read_json_object(path).get("seconds") or 0) for path in results) / 3600, 3)
+
+
+def _machines(run: Path) -> list[str]:
+    found = [read_json_object(path) for path in run.glob("**/environment.json")]
+    return [", ".join(one.get("gpus") or [str(one.get("processor"))]) for one in found]
+
+
+# ---------------------------------------------------------------------------------------------- published rows
+
+
+def _beside(published: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A published row, and which of our rows it can be compared with: those of its convention.
+
+    All of our splits are tested on the same videos if their last number is the same, so a row of another split is
+    named together with the difference.
+    """
+    convention, split = published["convention"], published["split"]
+    if convention is None or split is None:
+        return {**published, "compare_with": []}
+    candidates = [row for row in rows if convention in row["conventions"] and _tested(row["split"]) == _tested(split)]
+    return {
+        **published,
+        "compare_with": [
+            {"recipe": row["recipe"], "split": row["split"], "same_split": row["split"] == split} for row in candidates
+        ],
+    }
+
+
+def _tested(split: str) -> str:
+    return split.rpartition("/")[2]
+
+
+# ---------------------------------------------------------------------------------------------- text
+
+
+def _lines(rows: Sequence[Mapping[str, Any]], published: Sequence[Mapping[str, Any]]) -> list[str]:
+    simulated = any(row["simulated"] for row in rows)
+    lines = [
+        *(["**SIMULATED operations: these figures say nothing about Cholec80.**", ""] if simulated else []),
+        "Percent, mean ± standard deviation (n - 1) over seeds. Where stage one is trained once per split, the seeds",
+        "vary stage two alone, so the deviation is too small for the whole recipe.",
+        "",
+        "| recipe | trained as | split | seeds | stage one | training hours per seed | machine |",
+        "|---|---|---|---|---|---|---|",
+        *(_line(*_about(row)) for row in rows),
+    ]
+    if any(row["split"].count("/") == 1 for row in rows):
+        lines += ["", "A split of two numbers has no validation videos: the last epoch is tested, none is chosen."]
+    for names, heading in ((OF_FRAMES, "Phases"), (None, "Phases, segments")):
+        lines += _phases(rows, names, heading)
+    lines += ["", "### Tools", "", _line("recipe", "split", *(_TITLES[name] for name in TOOLS)), _rule(2 + len(TOOLS))]
+    lines += [_line(row["recipe"], row["split"], *_cells(row["tools"], TOOLS)) for row in rows if row["tools"]]
+    return [*lines, *_published(published)]
+
+
+def _about(row: Mapping[str, Any]) -> list[str]:
+    hours = row["training_hours"]
+    return [
+        row["recipe"],
+        row["title"],
+        row["split"],
+        f"{row['seeds']} of {row['seeds_wanted']}" if row["seeds"] < row["seeds_wanted"] else str(row["seeds"]),
+        row["stage_one"],
+        ", ".join(f"{one:.1f}" for one in hours) or "not run",
+        "; ".join(row["machines"]),
+    ]
+
+
+def _phases(rows: Sequence[Mapping[str, Any]], names: Sequence[str] | None, heading: str) -> list[str]:
+    """The table of the conventions that compare frames (metrics `names`), or of those that compare segments (None)."""
+    chosen = [
+        (row, name, scores)
+        for row in rows
+        for name, scores in row["conventions"].items()
+        if ("precision" in scores) == (names is not None)
+    ]
+    if not chosen:
+        return []
+    metrics = names or tuple(dict.fromkeys(metric for _, _, scores in chosen for metric in scores))
+    lines = ["", f"### {heading}", "", _line("recipe", "split", "convention", *metrics), _rule(3 + len(metrics))]
+    return lines + [_line(row["recipe"], row["split"], name, *_cells(scores, metrics)) for row, name, scores in chosen]
+
+
+def _published(published: Sequence[Mapping[str, Any]]) -> list[str]:
+    metrics = (*OF_FRAMES, "tool_map")
+    columns = ("method", "paper", "split", "convention", *metrics, "read in", "comparable with our")
+    lines = [
+        "",
+        "### Published",
+        "",
+        "Not computed here. Comparable are rows of the same convention on the same test videos; `≈` marks another",
+        "number of training videos. Several methods chose their best epoch on test videos, which ours never do.",
+        "",
+        _line(*columns),
+        _rule(len(columns)),
+    ]
+    for one in published:
+        note = f" ({one['note']})" if one.get("note") else ""
+        ours = [f"{'' if row['same_split'] else '≈ '}{row['recipe']} {row['split']}" for row in one["compare_with"]]
+        lines.append(
+            _line(
+                one["method"],
+                one["paper"],
+                one["split"] or "not stated",
+                (one["convention"] or "not clear") + note,
+                *("" if one.get(metric) is None else f"{one[metric]:.2f}".removesuffix("0") for metric in metrics),
+                one["read_in"],
+                ", ".join(ours) or "none",
+            )
+        )
+    return lines
+
+
+def _cells(scores: Mapping[str, Any], metrics: Sequence[str]) -> list[str]:
+    return [_number(scores.get(metric)) for metric in metrics]
+
+
+def _number(score: Mapping[str, Any] | None) -> str:
+    if score is None:
+        return ""
+    return f"{score['mean']:.1f}" + ("" if score["std"] is None else f" ± {score['std']:.1f}")
+
+
+def _line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _rule(columns: int) -> str:
+    return "|---" * columns + "|"
