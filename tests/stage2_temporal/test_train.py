@@ -95,7 +95,6 @@ def test_the_lstm_learns_what_a_frame_does_not_tell(train: Any, tmp_path: Path) 
     [
         {"name": "gru", "hidden": 16},
         {"name": "tcn", "layers": 5, "maps": 16, "dropout": 0.0},
-        {"name": "ssm", "width": 16, "layers": 1, "head_width": 8, "state": 8, "dropout": 0.0},
     ],
 )
 def test_the_other_heads_learn_it_too(train: Any, head: dict[str, Any]) -> None:

@@ -163,6 +163,24 @@ def test_extreme_decays_give_finite_gradients(rate: float, bias: float) -> None:
     assert all(bool(parameter.grad.isfinite().all()) for parameter in head.parameters() if parameter.grad is not None)
 
 
+def test_it_learns_to_remember_the_last_cue() -> None:
+    """Noise with a cue of three kinds now and then; the class is the kind of the last cue. New data in each step."""
+    head = head_of(width=16, layers=1, step_max=1.0).train()
+    optimizer = torch.optim.Adam(head.parameters(), lr=0.01)
+    for _ in range(100):
+        x, kinds = 0.3 * torch.randn(8, 30, D), torch.randint(3, (8, 30))
+        cue = torch.rand(8, 30) < 0.1
+        cue[:, 0] = True
+        x += 4 * F.one_hot(kinds, D) * cue[..., None]
+        last = torch.where(cue, torch.arange(30), 0).cummax(1).values
+        target = kinds.gather(1, last)
+        logits = head(x).logits
+        optimizer.zero_grad()
+        F.cross_entropy(logits.flatten(0, 1), target.flatten()).backward()
+        optimizer.step()
+    assert float((logits.argmax(-1) == target).float().mean()) > 0.8  # a frame alone: about 0.4
+
+
 def test_every_parameter_gets_a_gradient() -> None:
     head = head_of()
     head(torch.randn(2, 70, D)).logits.pow(2).sum().backward()
