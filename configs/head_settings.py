@@ -157,5 +157,42 @@ class LinearHead(HeadSettings):
     name: Literal["linear"]
 
 
+class CausalAttentionSettings(Strict):
+    """The settings of causal self-attention, which two heads share."""
+
+    width: int = Field(256, ge=2, le=8192, description="width of its tokens, a multiple of 2 * heads")
+    layers: int = Field(2, ge=1, le=64)
+    heads: int = Field(8, ge=1, le=512, description="number of attention heads")
+    window: int = Field(
+        256, ge=1, le=16384, description="number of frames that a layer attends to, the current one too"
+    )
+    dropout: float = Field(0.3, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _divides_into_pairs(self) -> CausalAttentionSettings:
+        if self.width % (2 * self.heads):
+            raise ValueError(
+                f"width {self.width} is not a multiple of 2 * heads = {2 * self.heads}: rotary positions need an even "
+                "width in each attention head; change one of the two"
+            )
+        return self
+
+
+class AttentionHead(CausalAttentionSettings, HeadSettings):
+    """Causal self-attention within a window (docs/heads.md)."""
+
+    name: Literal["attention"]
+
+
+class KeyPoolingHead(CausalAttentionSettings, HeadSettings):
+    """A recent window, and the maximum of keys over the whole past (SKiT, Liu et al., ICCV 2023)."""
+
+    name: Literal["key_pooling"]
+    window: int = Field(
+        100, ge=1, le=16384, description="number of frames that a layer attends to, the current one too"
+    )
+    keys: int = Field(64, ge=1, le=8192, description="width of the keys whose maximum is kept")
+
+
 for _kind in HeadSettings.__subclasses__():  # the classes above; plug-ins register theirs together with the head
     HEAD_SETTINGS.register(get_args(_kind.model_fields["name"].annotation)[0], _kind)

@@ -96,6 +96,8 @@ HEADS: dict[str, Any] = {
     "tcn": head_settings.TcnHead(name="tcn", stages=2, layers=2, maps=6),
     "ssm": head_settings.SsmHead(name="ssm", width=6, head_width=4, state=3),
     "linear": head_settings.LinearHead(name="linear"),
+    "attention": head_settings.AttentionHead(name="attention", width=8, heads=2, window=4),
+    "key pooling": head_settings.KeyPoolingHead(name="key_pooling", width=8, heads=2, window=4),
 }
 
 

@@ -28,6 +28,8 @@ HEADS: dict[str, Any] = {
     "tcn": head_settings.TcnHead(name="tcn", stages=2, layers=3, maps=6),
     "ssm": head_settings.SsmHead(name="ssm", width=6, head_width=4, state=3),
     "linear": head_settings.LinearHead(name="linear"),
+    "attention": head_settings.AttentionHead(name="attention", width=8, heads=2, window=7),
+    "key pooling": head_settings.KeyPoolingHead(name="key_pooling", width=8, heads=2, window=7, keys=3),
     "bidirectional": head_settings.LstmHead(hidden=7, bidirectional=True),
 }
 LENGTHS = {"b": 23, "a": 60, "c": 1, "e": 4, "d": 60}

@@ -28,6 +28,8 @@ from tests.stage2_temporal.toy import cue_video, write_folder
 
 BOTH = {"tracks": ["phases", "steps"]}
 TCN = {"name": "tcn", "stages": 2, "layers": 4, "maps": 12, "dropout": 0.0}
+ATTENTION = {"name": "attention", "width": 8, "heads": 2, "window": 12}
+KEY_POOLING = {"name": "key_pooling", "width": 32, "heads": 2, "window": 24}
 CHUNKED = {"sequence": {"mode": "chunked", "frames": 16, "batch": 3}}
 
 
@@ -49,9 +51,10 @@ def two_tracks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_folder(tmp_path_factory.mktemp("two") / "toy-features", videos, steps=steps)
 
 
-@pytest.mark.parametrize("head", [LEARN["head"], TCN])
+@pytest.mark.parametrize("head", [LEARN["head"], TCN, KEY_POOLING])
 def test_both_tracks_are_learned(train: Any, two_tracks: Path, tmp_path: Path, head: dict[str, Any]) -> None:
-    result = train(temporal=LEARN | {"head": head}, folder=two_tracks, data=BOTH)
+    lr = {"optim": {"name": "adamw", "lr": 0.005}} if head is KEY_POOLING else {}
+    result = train(temporal=LEARN | lr | {"head": head}, folder=two_tracks, data=BOTH)
     each = result["val_accuracy_phases"], result["val_accuracy_steps"]
     assert min(each) > 0.75  # a frame alone: about 0.4 and 0.6
     assert result["val_accuracy"] == pytest.approx(sum(each) / 2)
@@ -104,7 +107,7 @@ def test_the_loss_is_the_sum_over_tracks_of_masked_cross_entropies(weighting: An
         torch.testing.assert_close(PhaseLoss(settings, counts[0])([stages[0][..., :3]], labels[0]), plain)
 
 
-@pytest.mark.parametrize("head", [LEARN["head"], TCN])
+@pytest.mark.parametrize("head", [LEARN["head"], TCN, ATTENTION, KEY_POOLING])
 def test_frame_by_frame_and_chunks_give_the_probabilities_of_whole_videos(
     train: Any, two_tracks: Path, tmp_path: Path, videos_of: Any, head: dict[str, Any]
 ) -> None:
