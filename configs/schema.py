@@ -280,12 +280,35 @@ class LoopConfig(OmitsDefaults):
     )
 
 
-class AugmentConfig(Strict):
+class AugmentConfig(OmitsDefaults):
+    """Random changes of training frames, drawn anew in every epoch."""
+
+    OMITTED = frozenset({"scale", "aspect", "hue"})
+
     crop: Literal["random", "centre"] = "random"
+    scale: tuple[float, float] | None = Field(
+        None,
+        description="cut out windows of a random size, from and to this fraction of the resized frame's area, such as "
+        "[0.5, 1.0], and resize them to crop_px; null: windows of crop_px",
+    )
+    aspect: float = Field(
+        1.0, ge=1, le=4, description="with scale: stretch windows by a random factor of up to this, in either direction"
+    )
     flip: bool = True
     brightness: float = Field(0.0, ge=0, lt=1)
     contrast: float = Field(0.0, ge=0, lt=1)
     saturation: float = Field(0.0, ge=0, lt=1)
+    hue: float = Field(0.0, ge=0, le=0.5, description="shift hues by up to this fraction of the circle of colours")
+
+    @model_validator(mode="after")
+    def _windows_are_random(self) -> AugmentConfig:
+        if self.scale is None:
+            return self
+        if not 0.01 <= self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError("scale must be two fractions of a frame's area, from 0.01 to 1, the smaller one first")
+        if self.crop == "centre":
+            raise ValueError("crop=centre cannot be combined with scale, whose windows lie anywhere in the frame")
+        return self
 
 
 class CnnConfig(LoopConfig):

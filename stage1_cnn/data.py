@@ -111,7 +111,7 @@ class ClipBatch(NamedTuple):
     lengths: Tensor  # (B,) int64
     first: Tensor  # (B,) int64, row of each clip's first frame
     flip: Tensor  # (B,) bool, True = the clip is still to be mirrored
-    colour: Tensor  # (B, 3) float32, colour factors still to be applied; shape (0, 3) if colours do not change
+    colour: Tensor  # (B, 3 or 4) float32, change of colours still to be applied; (0, 3) if they do not change
     fresh: bool  # True: the recurrent state starts at zero; False: clip i continues clip i of the previous batch
     counts: bool  # False: this process has no part in the step, so its frames have no labels and its state is dropped
 

@@ -143,9 +143,10 @@ def test_batches_hold_what_they_say(world: World) -> None:
     assert frames.start_of(batch)() == f"first frame: {frames.name(3)}"
 
 
-def test_augmentation_depends_on_the_frame_and_epoch_only(world: World) -> None:
+@pytest.mark.parametrize("more", [{}, {"scale": (0.3, 1.0), "aspect": 1.3, "hue": 0.1}])
+def test_augmentation_depends_on_the_frame_and_epoch_only(world: World, more: dict[str, Any]) -> None:
     """A frame looks the same whichever batch it is in, and different in another epoch."""
-    dataset = dataset_of(world, AugmentConfig(brightness=0.2, contrast=0.2, saturation=0.2))
+    dataset = dataset_of(world, AugmentConfig(brightness=0.2, contrast=0.2, saturation=0.2, **more))
     together = dataset[Request.of_frames("train", 1, tuple(range(10)))]
     alone = [dataset[Request.of_frames("train", 1, (row,))] for row in range(10)]
     other = dataset[Request.of_frames("train", 2, tuple(range(10)))]

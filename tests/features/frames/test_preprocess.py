@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 import subprocess
 import sys
 from pathlib import Path
@@ -286,6 +287,77 @@ def test_colour_change_is_as_stated():
     plain = PreprocessConfig(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     got = changed_images(torch.from_numpy(clip), torch.zeros(3, dtype=torch.bool), colour, plain)
     assert np.abs(got.permute(0, 2, 3, 1).numpy() * 255 - want.clip(0, 255)).max() < 1e-3
+
+
+WINDOWS = AugmentConfig(scale=(0.3, 0.9), aspect=1.5, hue=0.2, **JITTER)
+
+
+def test_windows_have_the_area_and_aspect_asked_for_and_lie_anywhere():
+    frame, crop = (60, 100), (32, 40)
+    drawn = [draw_change(augment_generator(0, 0, k), WINDOWS, frame, crop) for k in range(300)]
+    sizes = np.array([draw.window for draw in drawn])
+    area, aspect = sizes.prod(axis=1) / 6000, sizes[:, 0] / sizes[:, 1] / 0.8
+    whole = (sizes == frame).any(axis=1)  # a side was cut to that of the frame
+    assert 0.28 < area.min() < 0.35
+    assert 0.75 < area.max() < 0.92
+    assert np.all((aspect > 1 / 1.55) & (aspect < 1.55) | whole)
+    assert (0.6 < aspect[~whole].min() < 0.75, 1.25 < aspect[~whole].max() < 1.55) == (True, True)
+    corner = np.array([(draw.top, draw.left) for draw in drawn])
+    rest = np.array(frame) - sizes
+    assert np.all((corner >= 0) & (corner <= rest))
+    place = (corner / np.maximum(rest, 1))[~whole].mean(axis=0)
+    assert np.abs(place - 0.5).max() < 0.1
+    for draw in drawn[:5]:  # nothing else is drawn otherwise
+        plain = draw_change(augment_generator(0, 0, drawn.index(draw)), AugmentConfig(**JITTER), frame, crop)
+        assert (draw.flip, *draw.colour[:3]) == (plain.flip, *plain.colour)
+        assert 0 < abs(draw.colour[3]) <= 0.2
+
+
+def test_a_window_is_resized_as_torchvision_does():
+    from torchvision.transforms.v2.functional import resized_crop
+
+    clip = noise(3, 40, 50, 3)
+    draw = draw_change(augment_generator(0, 0, 3), WINDOWS, (40, 50), (24, 32))
+    window = (draw.top, draw.left, *draw.window)
+    want = resized_crop(torch.from_numpy(clip).permute(0, 3, 1, 2), *window, [24, 32], antialias=True)
+    for kind in (np.asarray, torch.as_tensor):
+        assert np.array_equal(draw.crop(kind(clip), (24, 32)), want.permute(0, 2, 3, 1))
+    whole = draw_change(augment_generator(0, 0, 3), AugmentConfig(scale=(1.0, 1.0)), (24, 32), (24, 32))
+    assert np.array_equal(whole.crop(clip[:, :24, :32], (24, 32)), clip[:, :24, :32])
+
+
+def test_a_shift_of_hues_keeps_luma_and_strength_of_colours():
+    plain = PreprocessConfig(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    frame, none = torch.from_numpy(noise(1, 8, 8, 3) // 4 + 96), torch.zeros(1, dtype=torch.bool)
+
+    def shifted(images, shift):
+        got = changed_images(images, none, torch.tensor([[1.0, 1.0, 1.0, shift]]), plain)
+        return got.permute(0, 2, 3, 1).numpy().reshape(-1, 3)
+
+    before = frame.numpy().reshape(-1, 3) / 255
+    after = shifted(frame, 0.2)
+    yiq = [np.array([colorsys.rgb_to_yiq(*pixel) for pixel in pixels.astype(float)]) for pixels in (before, after)]
+    assert np.allclose(yiq[0][:, 0], yiq[1][:, 0], atol=2e-3)
+    colours = [one[:, 1] + 1j * one[:, 2] for one in yiq]
+    turns = np.angle(colours[1] / colours[0]) / (2 * np.pi)
+    assert np.abs(np.abs(turns) - 0.2)[np.abs(colours[0]) > 0.03].max() < 0.01
+    assert np.allclose(shifted(frame, 0.0), before, atol=1e-6)
+    red = torch.tensor([150, 90, 90], dtype=torch.uint8).expand(1, 8, 8, 3)
+    assert shifted(red, 1 / 3)[0].argmax() == 1  # towards green, as in other programs
+    assert shifted(red, -1 / 3)[0].argmax() == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"scale": (0.9, 0.5)}, "smaller one first"),
+        ({"scale": (float("nan"), 1.0)}, "two fractions"),
+        ({"scale": (0.5, 1.0), "crop": "centre"}, "crop=centre cannot be combined with scale"),
+    ],
+)
+def test_windows_that_cannot_be_drawn_are_refused(settings, problem):
+    with pytest.raises(ValueError, match=problem):
+        AugmentConfig(**settings)
 
 
 def test_changes_of_a_batch_are_those_of_its_frames():

@@ -30,7 +30,7 @@ def dataset_of(world: World) -> ClipDataset:
     index = world.index()
     fill_cache(world.config, world.dataset(index), index.videos, StopRequest())
     frames = labelled_frames(world.config, world.dataset(index), index.videos, True, every_frame=True)
-    return ClipDataset({"train": frames}, 32, AugmentConfig(brightness=0.3), seed=3)
+    return ClipDataset({"train": frames}, 32, AugmentConfig(brightness=0.3, scale=(0.4, 1.0), hue=0.1), seed=3)
 
 
 @given(
