@@ -81,6 +81,7 @@ bench: $(STAMP) ## measure what docs/performance.md quotes and needs no data of 
 	$(BIN)/python benchmarks/temporal.py --json artifacts/bench/temporal.json
 	$(BIN)/python benchmarks/checkpointing.py --json artifacts/bench/checkpointing.json
 	$(BIN)/python benchmarks/recurrence.py --json artifacts/bench/recurrence.json
+	$(BIN)/python benchmarks/heads.py --json artifacts/bench/heads.json
 	$(BIN)/python benchmarks/loader.py --json artifacts/bench/loader.json
 	$(BIN)/python benchmarks/together.py --json artifacts/bench/together.json
 	$(BIN)/python benchmarks/scaling.py --json artifacts/bench/scaling.json

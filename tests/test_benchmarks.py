@@ -41,6 +41,20 @@ def test_a_benchmark_names_a_run_only_for_commands_that_have_one(path: Path) -> 
             assert named != without, ast.unparse(node)
 
 
+def test_the_benchmark_of_heads_measures_every_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A causal head and one without state, at tiny sizes, in this process."""
+    monkeypatch.syspath_prepend(str(PROJECT / "benchmarks"))
+    heads = importlib.import_module("heads")
+    given = heads.parser().parse_args([])
+    vars(given).update(videos=2, frames=6, width=5, early=3, late=7, steps=2, repeat=1)
+    found = {name: heads.measured(name, given) | {"ratio_to_lstm": None} for name in ("tcn", "linear")}
+    assert found["tcn"]["step_ratio"] > 0
+    assert found["tcn"]["state_bytes"] == found["tcn"]["state_bytes_early"] == 2 * 32 * 2 * 255 * 4
+    assert found["linear"]["state_bytes"] == 0
+    lines = heads.table(found | {"ahead": {"offline": True, "parameters": 3, "frames_per_s": 1.0, "memory_mb": 2.0}})
+    assert lines.splitlines()[-1].split()[-2:] == ["offline", "offline"]
+
+
 @pytest.mark.slow
 def test_the_check_for_gpus_runs_on_a_cpu(tmp_path: Path) -> None:
     """Steps that use the command line, the LSTM and the wrapper that times every step."""
