@@ -35,9 +35,18 @@ demo-joint: demo ## then both stages as one net, fine-tuned end to end with the 
 	$(BIN)/python pipeline.py evaluate --config configs/demo_joint.yaml --name $(DEMO_NAME)-joint --set seed=$(SEED) \
 		--set data.root=artifacts/demo/videos-$(SEED) --set data.index=artifacts/demo/index-$(SEED).json
 
-# ROOT is the folder of all 80 videos. OPTIONS="--seeds 1 --splits 40/40" does less, OPTIONS=--dry-run prints the commands.
-reproduce-cholec80: $(STAMP) ## full Cholec80, published and best recipes, every seed and split (ROOT=DIR; docs/cholec80.md)
-	$(BIN)/python benchmarks/reproduce_cholec80.py --root '$(ROOT)' $(OPTIONS)
+# ROOT is the folder of all 80 videos. OPTIONS="--seeds 1 --splits 40/40" does less, OPTIONS=--dry-run prints the commands,
+# REHEARSE=1 runs every recipe on a few simulated operations, on the CPU.
+REHEARSAL := artifacts/reproduce-rehearsal
+REPRODUCE = $(BIN)/python benchmarks/reproduce_cholec80.py
+reproduce-cholec80: $(STAMP) ## full Cholec80: published and best recipes, every seed and split (ROOT=DIR, or REHEARSE=1)
+ifdef REHEARSE
+	$(BIN)/python pipeline.py simulate $(REHEARSAL)/videos --videos 6 --seed 1 --fps 2 --width 64 --height 64 --speed-up 100
+	$(REPRODUCE) --root $(REHEARSAL)/videos --runs $(REHEARSAL)/runs --out $(REHEARSAL) --splits 3/1/2,4/2 --seeds 1 \
+		--settings benchmarks/rehearsal_cholec80.yaml $(OPTIONS)
+else
+	$(REPRODUCE) --root '$(ROOT)' $(OPTIONS)
+endif
 
 # One process per core with one thread each; the tests of a file stay together, since they share fixtures. The order of
 # the files is that of tests/conftest.py.

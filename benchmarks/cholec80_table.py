@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from configs.load import load_config
 from engine.files import read_json_object, write_json, write_text
 from evaluation.metrics.results import HEAD, METRICS_FILE, read_evaluation
 
@@ -69,7 +70,7 @@ def _row(runs: Runs, recipe: str, split: str) -> dict[str, Any]:
     tools = [{name: getattr(one.tools, name) for name in TOOLS} for one in found if one.tools]
     return {
         "recipe": recipe,
-        "title": runs.titles[recipe],
+        "title": runs.titles[recipe] + (" (offline)" if any(map(_is_offline, done)) else ""),
         "split": split,
         "seeds": len(done),
         "seeds_wanted": len(wanted),
@@ -95,6 +96,12 @@ def _over_seeds(of_seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             spread = statistics.stdev(values) if len(values) > 1 else None
             table[metric] = {"mean": statistics.fmean(values), "std": spread, "values": values}
     return table
+
+
+def _is_offline(run: Path) -> bool:
+    """Whether the head of stage two needs frames of the future."""
+    settings = run / "temporal" / "config.yaml"
+    return settings.exists() and not load_config(settings).temporal.head.causal
 
 
 def _training_hours(run: Path) -> float:

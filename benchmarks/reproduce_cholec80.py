@@ -16,6 +16,7 @@ Exit codes are those of the commands: 2 for bad input, 75 or 130 if stopped, in 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
 import sys
@@ -27,7 +28,7 @@ from cholec80_table import Runs, write_table
 from command import stage_to_end
 
 from configs.errors import UserError, did_you_mean, listed
-from configs.load import load_config, load_dataset
+from configs.load import load_config, load_dataset, read_yaml
 from engine.ending import report
 from engine.files import read_json_object
 from engine.stopping import Stopped, StopRequest, watch_signals
@@ -97,7 +98,10 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="train stage one of the two-stage recipes with every seed, instead of once per split",
     )
-    parser.add_argument("--set", action="append", default=[], metavar="[RECIPE:]KEY=VALUE", dest="sets")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="[RECIPE:]KEY=VALUE", dest="sets", help="change a setting"
+    )
+    parser.add_argument("--settings", type=Path, metavar="FILE", help="YAML file of such keys and values")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs")
     parser.add_argument("--name", default="reproduce", help="first part of the runs' names")
     parser.add_argument("--out", type=Path, default=Path("artifacts/reproduce-cholec80"), help="folder of the table")
@@ -188,7 +192,7 @@ def _read(options: argparse.Namespace) -> Plan:
         raise UserError(f"--seeds: {options.seeds} is not a number of seeds; give 1 or more")
     recipes = _names("--recipes", options.recipes, tuple(RECIPES))
     known = tuple(CONVENTIONS.names())
-    common, own = _settings(options.sets)
+    common, own = _settings([*_from_file(options.settings), *options.sets])
     return Plan(
         root=root,
         recipes=recipes,
@@ -220,6 +224,11 @@ def _settings(given: Sequence[str]) -> tuple[tuple[str, ...], dict[str, list[str
             raise UserError(f"--set {setting}: {rest} is set for each run; use --root, --splits, --seeds or --runs")
         (own[recipe] if colon else common).append(f"{rest}={value}")
     return tuple(common), own
+
+
+def _from_file(path: Path | None) -> list[str]:
+    values = read_yaml(path) if path else {}
+    return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in values.items()]
 
 
 def _names(option: str, text: str, known: tuple[str, ...] | None) -> tuple[str, ...]:

@@ -22,25 +22,6 @@ from evaluation.metrics.conventions import CONVENTIONS
 from tests.cli import PROJECT, run, shared_forks, succeed
 
 SIMULATE = ["--videos", "6", "--seed", "1", "--fps", "2", "--width", "64", "--height", "64", "--speed-up", "100"]
-TINY = {
-    "data.dataset": "simulated",
-    "device": "cpu",
-    "preprocess.resize_px": 40,
-    "preprocess.crop_px": 32,
-    "cnn.backbone": "timm:test_convnext",
-    "cnn.weights": "random",
-    "cnn.freeze_until": "stages.0",
-    "cnn.epochs": 1,
-    "cnn.workers": 0,
-    "extract.workers": 1,
-    "extract.precision": "fp32",
-    "temporal.head.hidden": 8,
-    "temporal.epochs": 1,
-    "joint.sequence.frames": 8,
-    "joint.workers": 0,
-    "joint.multitask.epochs": 1,
-    "best_joint:joint.multitask.schedule.warmup_steps": 2,
-}
 BEST = ("best_joint", "best_two_stages")
 SPLIT = "3/1/2"
 
@@ -76,9 +57,9 @@ def start(program: ModuleType, place: Path, *more: str, faults: dict[str, Any] |
             return run(arguments, place).returncode
         return shared_forks().run(arguments, place, stop_at=fault).code
 
-    sets = [word for key, value in TINY.items() for word in ("--set", f"{key}={value}")]
+    tiny = ["--settings", str(PROJECT / "benchmarks/rehearsal_cholec80.yaml")]
     places = ["--root", str(place / "data"), "--runs", str(place / "runs"), "--out", str(place / "out")]
-    return program.main([*places, "--splits", SPLIT, "--seeds", "2", *sets, *more], stage), ran
+    return program.main([*places, "--splits", SPLIT, "--seeds", "2", *tiny, *more], stage), ran
 
 
 def files(runs: Path) -> dict[str, int]:
