@@ -24,7 +24,7 @@ from engine.records import Record
 from evaluation.external import Reading, score_folder, write_results
 from evaluation.metrics.conventions import CONVENTIONS
 from evaluation.metrics.phases import require_convention
-from evaluation.metrics.results import HEAD, METRICS_FILE, PhaseResults, Score
+from evaluation.metrics.results import HEAD, METRICS_FILE, PhaseResults, Score, marked
 from evaluation.metrics.statistics import PairedTest, holm, paired_interval, paired_permutation
 from evaluation.reports.tables import difference_table
 
@@ -176,7 +176,9 @@ def load_model(text: str, place: Place, convention: str) -> Model:
     if len(set(parts)) != len(parts) or not parts:
         raise UserError(f"compare {text}: name each seed's run once")
     name = parts[0] if len(parts) == 1 else f"{parts[0]} ({len(parts)} seeds)"
-    model = Model(name, parts, [_load_results(part, place, convention) for part in parts])
+    results = [_load_results(part, place, convention) for part in parts]
+    name = marked(name, any(result.about.offline for result in results))
+    model = Model(name, parts, results)
     for result in model.results[1:]:
         _require_same_frames(model, Model(name, parts, [result]))
     return model

@@ -115,6 +115,7 @@ class EncodersAbout(Record):
     frames: int
     seeds: Sequence[int]
     reference: str | None
+    offline: Sequence[str] | None = None  # the heads that look into the future
     convention: str = DEFAULT_CONVENTION
     unit: str = "percent"
     mean: str = "over test videos, of each video's own number, then over seeds"

@@ -119,6 +119,7 @@ def evaluate_run(
             encoder=_encoder(videos),
             mapping=common.to_json() if common else None,
             tool_probe=probe.to_json() if probe else None,
+            offline=not model.causal,
         )
     report(run, out, truth, evaluation)
     return evaluation

@@ -179,11 +179,13 @@ def score_and_write(
     joint: JointDetails | None = None,
     mapping: Mapping[str, Any] | None = None,
     tool_probe: Mapping[str, Any] | None = None,
+    offline: bool = False,
 ) -> Evaluation:
     """Compute the metrics of every head and of the tools, and write them to `out`.
 
-    The truth, and the predictions and ribbons of the head `temporal`, are written there too. The keyword arguments are
-    only recorded in `metrics.json`. Raises UserError if the folder cannot be written.
+    The truth, and the predictions and ribbons of the head `temporal`, are written there too. The keyword arguments
+    (`offline`: whether this head looks into the future) are only recorded in `metrics.json`. Raises UserError if the
+    folder cannot be written.
     """
     for note in unlabelled_note(truth.phases, "are not scored"):
         say(note)
@@ -205,10 +207,10 @@ def score_and_write(
             **{track: [name for name in truth.videos if name not in without[track]] for track in others},
         },
         videos_without_labels=without if spec.tools else {**without, "tools": []},
-        tracks={name: _phase_results(own, one.phases(own)) for name, (own, one) in others.items()} or None,
+        tracks={name: _phase_results(own, one.phases(own), offline) for name, (own, one) in others.items()} or None,
         left_out=truth.index.left_out_records(),
         convention=MAIN_CONVENTION,
-        phases=_phase_results(truth, phases),
+        phases=_phase_results(truth, phases, offline),
         tools=tools,
         identity_sha256=identity_sha256,
         encoder=encoder,
@@ -226,12 +228,20 @@ def score_and_write(
 
 
 def _phase_results(
-    truth: GroundTruth, phases: Mapping[str, Mapping[str, NDArray[np.int8]]]
+    truth: GroundTruth, phases: Mapping[str, Mapping[str, NDArray[np.int8]]], offline: bool
 ) -> dict[str, dict[str, PhaseResults]]:
     """The results of each head under each convention; empty if no video has labels."""
     spec, labels = truth.index.dataset, truth.phases
     return {
-        head: evaluate_phases(labels, videos, spec.phases, truth.fps, split=truth.split, background=spec.background)
+        head: evaluate_phases(
+            labels,
+            videos,
+            spec.phases,
+            truth.fps,
+            split=truth.split,
+            background=spec.background,
+            offline=offline and head == HEAD,
+        )
         for head, videos in phases.items()
         if labels
     }

@@ -105,7 +105,8 @@ def train_temporal(
         linear = head_settings.LinearHead(name="linear")
         frame = train_head(stage.path / FRAME_FOLDER, linear, config, data, constants, accelerator, processes, start)
     processes.from_first(partial(write_decoding, stage.path, config, data, accelerator.device))
-    computed = {"device": str(accelerator.device), "precision": precision, "features": str(folder)}
+    computed: dict[str, Any] = {"device": str(accelerator.device), "precision": precision, "features": str(folder)}
+    computed |= {} if config.temporal.head.causal else {"offline": True}
     return processes.from_first(lambda: _combined(data, outcome, frame, computed).write(stage))
 
 
@@ -438,11 +439,12 @@ def _outcome(folder: Path, session: TrainingSession, model: PhaseModel) -> Train
 
 
 def _combined(
-    data: TrainingData, head: TrainingResult, frame: TrainingResult | None, computed: Mapping[str, str]
+    data: TrainingData, head: TrainingResult, frame: TrainingResult | None, computed: Mapping[str, Any]
 ) -> TrainingResult:
     """The result of a whole training: that of the head, with the baselines and the data added in `about`.
 
-    `computed` holds further entries of `about`: the device, the precision and the feature folder.
+    `computed` holds further entries of `about`: the device, the precision, the feature folder, and
+    `offline` for a head that looks into the future.
     """
     majority, *of_tracks = majorities = _majorities(data)
     always = _constant_scores(data, majorities)["val_accuracy"]
@@ -462,18 +464,19 @@ def _combined(
             **computed,
         },
         left_out=data.index.left_out_records(),
-        sentence=_sentence(head, frame, always),
+        sentence=_sentence(head, frame, always, bool(computed.get("offline"))),
     )
 
 
-def _sentence(head: TrainingResult, frame: TrainingResult | None, majority: float | None) -> str:
+def _sentence(head: TrainingResult, frame: TrainingResult | None, majority: float | None, offline: bool) -> str:
     """The result in one line; `majority` is the accuracy of the most frequent phase. Epochs are counted from 1."""
     speed, accuracy = f"{head.frames_per_s:,.0f} frames/s", head.scores["val_accuracy"]
     of_tracks = [(key.removeprefix("val_accuracy_"), value) for key, value in head.scores.items()][1:]
     each = "".join(f", {name} {value:.3f}" for name, value in of_tracks if value is not None)
     if accuracy is None:
         return f"{head.epochs} epochs, no validation videos, {speed}"
-    others = f"per-frame head {frame.scores['val_accuracy']:.3f}, " if frame else ""
+    others = "offline, " if offline else ""
+    others += f"per-frame head {frame.scores['val_accuracy']:.3f}, " if frame else ""
     return (
         f"validation accuracy {accuracy:.3f}{each} ({others}majority {majority:.3f}), "
         f"epoch {head.best_epoch + 1} of {head.epochs}, {speed}"

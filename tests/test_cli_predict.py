@@ -133,20 +133,24 @@ def test_what_cannot_be_predicted_is_refused(workplace: Path, unknown: Path) -> 
     same.parent.mkdir()
     shutil.copyfile(unknown, same)
     assert "another source is called" in refuse([*PREDICT, str(unknown), str(same)], workplace)
-    both_ways = [
+    offline_head = [
         "train-temporal",
         "--config",
         "tiny.yaml",
         "--name",
         "both",
         "--set",
-        "temporal.head.bidirectional=true",
+        "temporal.head.name=mstcn++",
+        "--set",
+        "temporal.head.layers=3",
+        "--set",
+        "temporal.head.refinement_layers=3",
     ]
     features = next((workplace / "artifacts/features").iterdir())
     full = ["--set", "temporal.sequence.mode=full", "--features", str(features)]
-    succeed([*both_ways, *full], workplace)
+    succeed([*offline_head, *full], workplace)
     offline = [*PREDICT, "--name", "both", "--from-cnn", "tiny", str(unknown)]
-    assert "offline only" in refuse(offline, workplace)
+    assert "mstcn++ looks into the future and is offline only" in refuse(offline, workplace)
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ def evaluate_phases(
     *,
     split: str | None = None,
     background: Sequence[str] = (),
+    offline: bool = False,
 ) -> dict[str, PhaseResults]:
     """Score predicted phases against the truth, and return one result per convention, in percent.
 
@@ -32,7 +33,7 @@ def evaluate_phases(
     -1 means no label; such frames are not counted. In the prediction, NO_PREDICTION (-2) means that there is none,
     which counts as wrong. `phases` are the C names in the order of ids. Segmental metrics ignore the phases in
     `background`. With `conventions=None`, all conventions are computed that phases and rate allow (see
-    `unavailable_conventions`). `split` is only recorded.
+    `unavailable_conventions`). `split`, and `offline` (whether predictions depend on later frames), are only recorded.
 
     Videos without any label are left out and named in `about`. Raises UserError for an unknown or unavailable
     convention, and if truth and prediction do not match.
@@ -60,6 +61,7 @@ def evaluate_phases(
             truth_sha256=digest,
             videos_without_labels=without,
             background=list(background) if ids and not convention.of_frames else None,
+            offline=offline or None,
         )
         table = convention.count(videos, len(phases), fps, ids)
         results[name] = convention.results(table, videos, phases, about)

@@ -82,8 +82,9 @@ class OnePhase(Record):
 class PhaseAbout(Record):
     """The rules that a result's numbers follow, and the data from which they were computed.
 
-    `background` names the phases that segmental metrics ignored. For predictions of other programs, `files` records
-    what was read.
+    `background` names the phases that segmental metrics ignored. `offline` is true if predictions depend on later
+    frames, and None if they do not or if it is not known. For predictions of other programs, `files` records what was
+    read.
     """
 
     convention: str
@@ -101,6 +102,7 @@ class PhaseAbout(Record):
     seeds: int = 1
     videos_without_labels: Sequence[str] = ()
     background: Sequence[str] | None = None
+    offline: bool | None = None
     files: Mapping[str, Any] | None = field(default=None, metadata=FLAT)
 
 
@@ -289,6 +291,11 @@ class Evaluation(Record):
         )
 
     @property
+    def offline(self) -> bool:
+        """Whether the run's own head looks into the future."""
+        return any(result.about.offline for result in self.phases.get(HEAD, {}).values())
+
+    @property
     def imported(self) -> str | None:
         """The other program's file from which the net was imported, or None."""
         return self.joint.imported if self.joint else None
@@ -319,6 +326,11 @@ class Evaluation(Record):
         return lines + [
             f"{', '.join(ids)}: no labels of {task}" for task, ids in self.videos_without_labels.items() if ids
         ]
+
+
+def marked(name: str, offline: bool | None) -> str:
+    """Return a name as tables show it: marked if what it names looks into the future."""
+    return f"{name} (offline)" if offline else name
 
 
 def counted(number: int, noun: str) -> str:

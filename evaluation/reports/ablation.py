@@ -15,6 +15,7 @@ from rich.text import Text
 
 from configs.dataset_spec import FORMULA_STARTS
 from engine.files import write_text
+from evaluation.metrics.results import marked
 from evaluation.reports.templates import template_environment
 
 ABLATION_PAGE = "ablation.html"
@@ -44,6 +45,7 @@ class Row:
 
     label: str
     is_base: bool
+    offline: bool  # whether its head looks into the future
     seeds: int
     mean: float
     std: float | None
@@ -73,6 +75,7 @@ def _row(label: str, group: Sequence[Trial], base: Mapping[int, float]) -> Row:
     return Row(
         label=label,
         is_base=is_base,
+        offline=any(trial.result.get("offline") for trial in group),
         seeds=len(group),
         mean=statistics.fmean(scores),
         std=_std(scores),
@@ -95,7 +98,7 @@ def _cells(row: Row) -> list[str]:
         return "-" if value is None else format(value, form)
 
     return [
-        f"{row.label} (base)" if row.is_base and row.label != "base" else row.label,
+        marked(f"{row.label} (base)" if row.is_base and row.label != "base" else row.label, row.offline),
         str(row.seeds),
         number(row.mean, ".2f"),
         number(row.std, ".2f"),
@@ -120,7 +123,8 @@ def write_ablation_csv(path: Path, trials: Sequence[Trial]) -> None:
     """Write one row per training, atomically: setting, changes, seed, score (a fraction), epochs, speed and folder."""
     keys = list(dict.fromkeys(key for trial in trials for key in trial.changes))
     of_tracks = dict.fromkeys(key for trial in trials for key in trial.result if key.startswith("val_accuracy_"))
-    numbers = ("val_accuracy", *of_tracks, "best_epoch", "epochs", "parameters", "seconds", "frames_per_s")
+    offline = ["offline"] if any(trial.result.get("offline") for trial in trials) else []
+    numbers = ("val_accuracy", *of_tracks, "best_epoch", "epochs", "parameters", "seconds", "frames_per_s", *offline)
     buffer = io.StringIO(newline="")
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["setting", *keys, "seed", "base", *numbers, "folder"])

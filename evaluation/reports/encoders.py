@@ -13,7 +13,7 @@ from engine.files import write_text
 from evaluation.comparison import ModelPair
 from evaluation.encoders import MAIN_METRIC, METRICS, TOOL_HEAD, EncoderRow, Encoders, Ranking, Training
 from evaluation.metrics.conventions import metric_title
-from evaluation.metrics.results import Interval, counted
+from evaluation.metrics.results import Interval, counted, marked
 from evaluation.reports.ablation import no_formula
 from evaluation.reports.plotly_figures import RUN_COLOURS, plain
 from evaluation.reports.tables import IN_BRACKETS, ResultTable, interval_text, mean_std_text, number_text
@@ -68,8 +68,8 @@ def _ranking_sentence(head: str, ranking: Ranking) -> str:
 # ---------------------------------------------------------------------------------------------- tables
 
 
-def _title(head: str) -> str:
-    return "frame probe" if head == PROBE else head
+def _title(result: Encoders, head: str) -> str:
+    return "frame probe" if head == PROBE else marked(head, head in (result.about.offline or ()))
 
 
 def _score_table(result: Encoders, metric: str) -> ResultTable:
@@ -83,7 +83,7 @@ def _score_table(result: Encoders, metric: str) -> ResultTable:
     return ResultTable(
         f"{metric_title(metric)} [{about.convention}], percent",
         "Encoder",
-        list(map(_title, result.heads)),
+        [_title(result, head) for head in result.heads],
         [(row.name, [cell(row, head) for head in result.heads]) for row in result.encoders],
         [f"Mean {about.mean}. ±: standard deviation {about.std}."],
     )
@@ -102,7 +102,7 @@ def _difference_table(result: Encoders) -> ResultTable:
     return ResultTable(
         f"{metric_title(MAIN_METRIC)}: difference to the reference, percentage points",
         "Encoder",
-        list(map(_title, result.heads)),
+        [_title(result, head) for head in result.heads],
         [(row.name, [cell(row, head) for head in result.heads]) for row in result.encoders],
         [f"In brackets: {result.about.interval}."],
     )
@@ -227,7 +227,7 @@ def _figure(result: Encoders, title: str, cost: Callable[[EncoderRow], float | N
                 "symbol": _SYMBOLS[number % len(_SYMBOLS)],
                 "size": 10,
             },
-            name=plain(_title(head)),
+            name=plain(_title(result, head)),
         )
     figure.update_xaxes(title=title, type="log")
     figure.update_yaxes(title="Accuracy, percent")

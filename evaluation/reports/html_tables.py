@@ -8,7 +8,7 @@ from typing import Any
 
 from configs.schema import MAIN_TRACK
 from evaluation.metrics.conventions import metric_title
-from evaluation.metrics.results import HEAD, Interval, PhaseAbout, PooledScore, Score, ToolAbout, counted
+from evaluation.metrics.results import HEAD, Interval, PhaseAbout, PooledScore, Score, ToolAbout, counted, marked
 from evaluation.reports.gather import Report, RunResults, differing_settings, settings_of
 from evaluation.reports.tables import (
     IN_BRACKETS,
@@ -114,7 +114,10 @@ def _overall(report: Report, convention: str, title: str, corner: str, head_titl
             rows.append((f"{name}, pooled", _cells(pooled, [one.get(f"{metric}_pooled") for one in known])))
             name += ", over videos"
         rows.append((name, _cells(scores, [one.get(metric) for one in known])))
-    columns = [head_titles.get(head, head) for _, head in heads]
+    columns = [
+        marked(head_titles.get(head, head), result is not None and result.about.offline)
+        for (_, head), result in zip(heads, results, strict=True)
+    ]
     groups = [(run.name, len(run.phases) or 1) for run in report.runs]
     return ResultTable(f"{title}, {convention}", corner, columns, rows, groups=groups)
 
@@ -210,7 +213,7 @@ def _model(run: RunResults) -> str:
     if run.tools_alone:
         return f"{backbone or 'a CNN'}, tools only"
     name = f"{head.get('name')}, hidden {head['hidden']}" if head and head.get("hidden") else (head or {}).get("name")
-    return "; ".join(str(part) for part in (backbone, name) if part)
+    return "; ".join(str(part) for part in (backbone, name and marked(name, run.evaluation.offline)) if part)
 
 
 def _seconds(run: RunResults) -> str:

@@ -22,6 +22,7 @@ from evaluation.metrics.results import (
     ThresholdScores,
     ToolResults,
     counted,
+    marked,
 )
 from evaluation.metrics.tools import tool_metric_title
 
@@ -99,7 +100,7 @@ def phase_table(results: ByConvention, convention: str = MAIN_CONVENTION, track:
     }
     found["all"] = (result.score, about.videos)
     return ResultTable(
-        f"{track_title(track)}, {about.title} [{convention}], percent",
+        f"{marked(track_title(track), about.offline)}, {about.title} [{convention}], percent",
         "Phase" if track == MAIN_TRACK else "Class",
         [*map(metric_title, metrics), "Videos"],
         [(name, [*(mean_std_text(score(m)) for m in metrics), str(videos)]) for name, (score, videos) in found.items()],
@@ -142,7 +143,8 @@ def comparison_table(
 
     If there are tables of several label tracks, `track` names this one's in the title.
     """
-    shown = {name: _of_frames(results, convention) for name, results in models.items()}
+    found = {name: _of_frames(results, convention) for name, results in models.items()}
+    shown = {marked(name, result.about.offline): result for name, result in found.items()}
     about = next(iter(shown.values())).about
     note = f"Standard deviation: {about.std}. {_setting(about)}."
     title = f"{f'{track_title(track)}, m' if track else 'M'}odels on the same videos [{convention}], percent"

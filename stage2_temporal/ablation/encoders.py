@@ -358,6 +358,7 @@ def _compared(
         frames=sum(int((phase >= 0).sum()) for phase in truth.values()),
         seeds=plan.spec.seeds,
         reference=plan.spec.reference,
+        offline=[name for name, head in plan.spec.heads.items() if not head.causal] or None,
     )
     tools = {encoder: _tools(plan, encoder, own, folds, trainings) for encoder, own in folders.items()}
     return compare_encoders(about, truth, spec, known, facts, tools, list(plan.spec.heads))

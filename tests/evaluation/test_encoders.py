@@ -113,6 +113,12 @@ def test_differences_are_shown_as_those_to_the_reference() -> None:
     assert dict(named.rows)["a"][1].startswith("+25.0 [")
 
 
+def test_heads_that_look_into_the_future_are_marked() -> None:
+    for offline, title in ((None, "lstm"), (["lstm"], "lstm (offline)")):
+        tables = encoders_tables(compared(offline=offline))
+        assert all(table.columns == ["frame probe", title] for table in tables[:-1])
+
+
 def test_whether_the_probe_ranks_as_the_head_does() -> None:
     (sentence,) = ranking_sentences(compared())
     assert sentence == "Under lstm the encoders rank a > b; by the frame probe they rank b > a (Kendall's tau -1.00)."
