@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,13 +13,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from configs.load import load_dataset
 from configs.registry import PLUGINS_VARIABLE
+from evaluation.files.predictions import read_prediction_csv
 from tests.cli import ONE_THREAD, PROJECT, Forks, run
-from tests.stage2_temporal.toy import cue_video, write_folder
 
 EXAMPLE = Path(__file__).with_name("head_example.py")
 SETTINGS = """
 device: cpu
+data: {root: data, fps: 1.0, index: index.json, split: {rule: 2/1/1}}
+preprocess: {resize_px: 36, crop_px: 32}
+cnn: {backbone: mobilenet_v3_small, weights: random}
+extract: {encoder: initial, precision: fp32, workers: 1}
 temporal:
   head: {name: average, decay: 0.5}
   sequence: {mode: chunked, frames: 16, batch: 2}
@@ -48,7 +54,7 @@ if __name__ == "__main__":
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         assert pool.submit(repr, config.temporal.head).result() == "AverageSettings(name='average', decay=0.5)"
     backbone = build_backbone("resnet18", "random", 0)
-    net = build_joint(backbone, JointNetConfig(mapping=True), config.temporal.head, tools=2, phases=3)
+    net = build_joint(backbone, JointNetConfig(mapping=True), config.temporal.head, tools=2, phases=7)
     assert net.phase.head.decay == 0.5
     model, about = load_temporal(Path("runs/outside/temporal"))
     videos = load_feature_set(Path("features"), ["video04"])
@@ -60,22 +66,35 @@ if __name__ == "__main__":
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Features of four short videos, and settings that name the head."""
-    folder = tmp_path_factory.mktemp("head")
-    rng = np.random.default_rng(0)
-    videos = {f"video0{n}": cue_video(rng, split, 60) for n, split in enumerate(("train", "train", "val", "test"), 1)}
-    write_folder(folder / "features", videos)
-    (folder / "settings.yaml").write_text(SETTINGS)
-    (folder / "ablation.yaml").write_text(ABLATION)
-    return folder
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Commands where a package is installed that declares the head as its entry point."""
+    site = tmp_path_factory.mktemp("site")
+    shutil.copyfile(EXAMPLE, site / "average_head.py")
+    about = site / "average-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: average\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[surgstage.heads]\naverage = average_head\n")
+    server = Forks(PYTHONPATH=os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")])))
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="module")
-def forks() -> Iterator[Forks]:
-    server = Forks(**{PLUGINS_VARIABLE: str(EXAMPLE)})
-    yield server
-    server.close()
+def workplace(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Path:
+    """Four short simulated operations and their features, and settings that name the head."""
+    folder = tmp_path_factory.mktemp("head")
+    (folder / "settings.yaml").write_text(SETTINGS)
+    (folder / "ablation.yaml").write_text(ABLATION)
+    size = ["--fps", "2", "--width", "48", "--height", "48", "--speed-up", "60"]
+    for words in (
+        ["simulate", "data", "--videos", "4", "--seed", "1", *size],
+        ["index", "--config", "settings.yaml"],
+        ["extract", "--config", "settings.yaml", "--name", "outside"],
+    ):
+        done = forks.run(words, folder)
+        assert done.code == 0, done.output
+    next((folder / "artifacts/features").iterdir()).rename(folder / "features")
+    return folder
 
 
 @pytest.fixture
@@ -89,14 +108,19 @@ def succeed(workplace: Path, forks: Forks) -> Callable[..., str]:
 
 
 @pytest.mark.slow
-def test_it_trains_resumes_and_is_evaluated(workplace: Path, succeed: Callable[..., str]) -> None:
+def test_it_trains_resumes_is_evaluated_and_predicts(workplace: Path, succeed: Callable[..., str]) -> None:
     words = ["--config", "settings.yaml", "--name", "outside"]
     succeed("train-temporal", *words, "--features", "features")
     recorded = json.loads((workplace / "runs/outside/temporal/identity.json").read_text())
     assert recorded["temporal"]["head"] == {"name": "average", "decay": 0.5}
     succeed("train-temporal", *words, "--features", "features")  # the same settings: finished before
     succeed("evaluate", *words, "--features", "features")
-    assert (workplace / "runs/outside/evaluate/test/metrics.json").is_file()
+    succeed("predict", *words, "data/videos/video04.mp4")
+    found, known = (
+        read_prediction_csv(workplace / "runs/outside" / place / "video04.csv", load_dataset("cholec80"))
+        for place in ("predict", "evaluate/test/predictions")
+    )
+    np.testing.assert_allclose(found.probabilities, known.probabilities, atol=2e-5)
 
 
 @pytest.mark.slow
