@@ -122,16 +122,16 @@ class TransSvnetHead(HeadSettings):
     name: Literal["trans_svnet"]
     stages: int = Field(2, ge=1, le=16, description="stages of the TCN")
     layers: int = Field(8, ge=1, le=14, description="layers of each stage of the TCN")
-    maps: int = Field(32, ge=1, description="feature maps of the TCN")
+    maps: int = Field(32, ge=1, le=8192, description="feature maps of the TCN")
     dropout: float = Field(0.5, ge=0, lt=1, description="dropout of the TCN")
     window: int = Field(30, ge=1, le=1000, description="number of the TCN's last outputs that are attended to")
-    width: int = Field(32, ge=1, description="width of the attention layers; a multiple of attention_heads")
-    attention_heads: int = Field(4, ge=1)
+    width: int = Field(32, ge=1, le=8192, description="width of the attention layers; a multiple of heads")
+    heads: int = Field(4, ge=1, le=512, description="number of attention heads")
 
     @model_validator(mode="after")
     def _divisible(self) -> TransSvnetHead:
-        if self.width % self.attention_heads:
-            raise ValueError(f"width {self.width} is not a multiple of attention_heads {self.attention_heads}")
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         return self
 
 
@@ -142,7 +142,7 @@ class MstcnPlusPlusHead(HeadSettings):
     layers: int = Field(11, ge=1, le=14, description="dual dilated layers of the first stage")
     refinements: int = Field(3, ge=0, le=16, description="number of refinement stages")
     refinement_layers: int = Field(10, ge=1, le=14, description="layers of each refinement stage")
-    maps: int = Field(64, ge=1)
+    maps: int = Field(64, ge=1, le=8192)
     dropout: float = Field(0.5, ge=0, lt=1)
 
     @property

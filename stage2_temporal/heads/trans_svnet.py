@@ -45,8 +45,8 @@ class TransSvnetHead(TcnHead):
         self.window, self.hidden_dim = config.window, config.width
         self.temporal = nn.Linear(phases, config.width, bias=False)  # without bias, padding stays zero
         self.spatial = nn.Linear(embedding_dim, config.width, bias=False)
-        self.encoder = AttentionLayer(config.width, config.attention_heads)
-        self.decoder = AttentionLayer(config.width, config.attention_heads)
+        self.encoder = AttentionLayer(config.width, config.heads)
+        self.decoder = AttentionLayer(config.width, config.heads)
         self.fc = nn.Linear(config.width, phases)
 
     def forward(self, x: Tensor, state: State | None = None, lengths: Tensor | None = None) -> HeadOutput:

@@ -16,9 +16,7 @@ from stage2_temporal.heads.tcn import TcnHead
 from stage2_temporal.heads.trans_svnet import TransSvnetHead
 
 WINDOW, WIDTH, HEADS = 4, 6, 3
-SETTINGS = Settings(
-    name="trans_svnet", layers=2, maps=3, dropout=0.0, window=WINDOW, width=WIDTH, attention_heads=HEADS
-)
+SETTINGS = Settings(name="trans_svnet", layers=2, maps=3, dropout=0.0, window=WINDOW, width=WIDTH, heads=HEADS)
 
 
 def head_of(*classes: int) -> TransSvnetHead:
@@ -106,6 +104,6 @@ def test_frames_outside_the_tcn_and_the_window_change_nothing() -> None:
         assert torch.equal(head(x).logits[:, 19], head(changed).logits[:, 19]) != changes
 
 
-def test_the_width_is_divided_among_the_attention_heads() -> None:
-    with pytest.raises((ValidationError, ValueError), match="width 10 is not a multiple of attention_heads 4"):
+def test_the_width_is_divided_among_the_heads() -> None:
+    with pytest.raises((ValidationError, ValueError), match="width 10 is not a multiple of heads 4"):
         read_head({"name": "trans_svnet", "width": 10})
