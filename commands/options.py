@@ -68,6 +68,11 @@ INFERENCE = click.option(
     type=click.Choice(["clip", "carried"]),
     help="Start each clip from a zero state, or carry the state through the video. Default: as in training.",
 )
+DECODING = click.option(
+    "--decoding",
+    type=click.Choice(["none", "calibrated", "filter", "causal", "offline"]),
+    help="How to decode the phases: only offline sees later frames. Default: temporal.decoding.mode.",
+)
 PHASE_ORDER = click.option(
     "--phase-order",
     metavar="ORDER",

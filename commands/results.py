@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 @click.option("--features", type=PATH, help=options.FEATURES_HELP)
 @options.MODEL
 @options.INFERENCE
+@options.DECODING
 @click.option(
     "--split", default="test", type=click.Choice(["train", "val", "test", "all"]), help="Part of the index to evaluate."
 )
@@ -51,6 +52,7 @@ def evaluate(
     features: Path | None,
     model: str,
     inference: Any,
+    decoding: Any,
     split: str,
     index_file: Path | None,
     mapping: Path | None,
@@ -73,7 +75,7 @@ def evaluate(
     columns are separated by tabs, commas or spaces.
     """
     if predictions is not None:
-        of_runs = ("name", "features", "model", "inference", "index_file", "mapping")
+        of_runs = ("name", "features", "model", "inference", "decoding", "index_file", "mapping")
         options.refuse("--predictions", options.given(*of_runs))
         evaluate_predictions(settings, predictions, reading, conventions, json_file, split)
         return
@@ -83,7 +85,7 @@ def evaluate(
         common: dict[str, Any] = {"split": split, "inference": inference, "stop": stop, "given": settings.given()}
         common["mapping"] = mapping
         if options.uses_joint(model, run):
-            options.refuse("a joint net, which reads frames", options.given("features"))
+            options.refuse("a joint net, which reads frames", options.given("features", "decoding"))
             from features.dataset.catalogue import open_dataset
             from stage2_temporal.joint.evaluate import evaluate_joint
 
@@ -92,7 +94,8 @@ def evaluate(
         else:
             from stage2_temporal.evaluate import evaluate_run
 
-            evaluation = evaluate_run(settings.config, run, features=features, index_file=index_file, **common)
+            config, common["decoding"] = settings.changed({"temporal.decoding.mode": decoding}), decoding
+            evaluation = evaluate_run(config, run, features=features, index_file=index_file, **common)
     options.end_with_left_out(evaluation.left_out)
 
 
@@ -221,6 +224,7 @@ def report(runs: tuple[Path, ...], split: str, out: Path | None, figures: Path |
 @click.option("--from-cnn", "cnn_run", metavar="RUN", help="Run whose stage one made the features. Default: this run.")
 @click.option("--from-joint", "joint_run", metavar="RUN", help="Run whose joint net made the features.")
 @options.INFERENCE
+@options.DECODING
 @click.option("--video", "draw", is_flag=True, help="Also write an MP4 with phase, tools and confidence drawn on it.")
 @click.option(
     "--as",
@@ -239,6 +243,7 @@ def predict(
     cnn_run: str | None,
     joint_run: str | None,
     inference: Any,
+    decoding: Any,
     draw: bool,
     formats: tuple[str, ...],
     trusted: bool,
@@ -246,7 +251,8 @@ def predict(
     """Recognise phases and tools in new videos: CSV, ribbon, annotated video.
 
     VIDEOS are files or folders of frames; they need no labels. Each frame is predicted from itself and earlier frames
-    only, as during an operation, and preprocessed as in training. The command writes one CSV and one ribbon per video.
+    only, as during an operation, and preprocessed as in training; only --decoding offline and temporal.decoding.lag_s
+    look ahead, which the JSON file says. The command writes one CSV and one ribbon per video.
     If a video cannot be read, it is reported, the others are predicted, and the exit code is 1. For research only, not
     a medical device.
     """
@@ -255,8 +261,10 @@ def predict(
 
     run = settings.run()
     if joint := options.uses_joint(model, run):
-        options.refuse("a joint net, which makes its own features", options.given("cnn_run", "joint_run", "trusted"))
-    config = settings.changed({"extract.checkpoint": settings.joint_checkpoint(joint_run)})
+        of_stages = ("cnn_run", "joint_run", "trusted", "decoding")
+        options.refuse("a joint net, which makes its own features", options.given(*of_stages))
+    checkpoint = settings.joint_checkpoint(joint_run)
+    config = settings.changed({"extract.checkpoint": checkpoint, "temporal.decoding.mode": decoding})
     if not joint:
         options.refuse_trusted(trusted, options.known_encoder(config))
         if not options.uses_stage_one(config):

@@ -445,7 +445,7 @@ class SequenceConfig(Strict):
 
 
 FeaturesIn = Literal["auto", "memory", "stream"]
-DecodingMode = Literal["none", "calibrated", "causal", "offline"]
+DecodingMode = Literal["none", "calibrated", "filter", "causal", "offline"]
 
 
 class DecodingConfig(Strict):
@@ -454,8 +454,8 @@ class DecodingConfig(Strict):
     mode: DecodingMode = Field(
         "none",
         description="none: the most probable class of each frame; calibrated: the same, with probabilities scaled by a "
-        "temperature; causal: Viterbi over the transitions in the training labels, from this and earlier frames; "
-        "offline: the same over whole videos",
+        "temperature; filter: the most probable class given this and earlier frames and the transitions in training "
+        "labels; causal: the same by Viterbi, with minimum durations and a lag; offline: Viterbi over whole videos",
     )
     lag_s: float = Field(
         0.0, ge=0, le=600, description="mode=causal: decide a frame only when this much of what follows has been seen"
@@ -472,12 +472,14 @@ class DecodingConfig(Strict):
     def _lag_is_of_causal_decoding(self) -> DecodingConfig:
         if self.lag_s and self.mode == "offline":
             raise ValueError("lag_s: mode=offline sees the whole video; leave it at 0")
+        if self.lag_s and self.mode == "filter":
+            raise ValueError("lag_s: mode=filter has no lag; leave it at 0, or set mode=causal")
         return self
 
     @property
     def unused(self) -> dict[str, str]:
         """The settings that have no effect, because of the values of others, each with that reason."""
-        if self.mode in ("none", "calibrated"):
+        if self.mode in ("none", "calibrated", "filter"):
             return dict.fromkeys(("lag_s", "min_duration_s"), f"mode={self.mode}")
         return {} if self.mode == "causal" else {"lag_s": f"mode={self.mode}"}
 

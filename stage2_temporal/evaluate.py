@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from configs.errors import UserError
 from configs.load import NO_KEYS, GivenKeys
-from configs.schema import MAIN_TRACK, TEMPORAL_FOLDER, Config, Inference
+from configs.schema import MAIN_TRACK, TEMPORAL_FOLDER, Config, DecodingMode, Inference
 from engine.device import choose_device, start_stage
 from engine.files import read_json_object, sha256_file, sha256_json
 from engine.progress import say
@@ -20,7 +20,7 @@ from engine.runs import ABSENT, BEST_FILE, RESULT_FILE, StageIdentity, require_s
 from engine.stopping import StopRequest
 from evaluation.files.truth import TRUTH_FILE
 from evaluation.metrics import plugin_names
-from evaluation.metrics.results import HEAD, METRICS_FILE, Evaluation, read_evaluation
+from evaluation.metrics.results import HEAD, METRICS_FILE, UNDECODED, Evaluation, read_evaluation
 from features.dataset.catalogue import known_root, say_left_out
 from features.dataset.index import Index
 from features.dataset.trained_on import is_own_index, require_separate_split
@@ -36,7 +36,9 @@ from features.store_folder import (
     with_recorded_faults,
 )
 from stage2_temporal.data import require_tracks
+from stage2_temporal.decoding.chosen import ChosenDecoding, Videos
 from stage2_temporal.mapped import PhaseMapping
+from stage2_temporal.model import PhaseModel
 from stage2_temporal.predict import (
     FRAME_FOLDER,
     TemporalAbout,
@@ -71,6 +73,7 @@ def evaluate_run(
     inference: Inference | None = None,
     given: GivenKeys = NO_KEYS,
     mapping: Path | None = None,
+    decoding: DecodingMode | None = None,
 ) -> Evaluation:
     """Score a run's heads and tools on one split, print tables, and write the results to `RUN/evaluate/<name>/`.
 
@@ -79,17 +82,19 @@ def evaluate_run(
     with the same classes is evaluated, and missing features are extracted into the run's folder; with `mapping`, it may
     have other classes, and phases are scored in the mapping's vocabulary, other tracks and tools not at all.
     Tools of features without tool logits are recognised by the run's probe (`train-tools`), if there is one.
-    `inference` overrides that of the training. Without `redo`, an existing evaluation of the same model and features is
-    printed instead of being computed again. Raises UserError if the run is not trained, if the data have other classes,
-    if the features come from another encoder, or if image settings that the user gave (`given`) contradict the
-    features.
+    `inference` overrides that of the training, and names the folder; so does `decoding`, the mode of
+    `temporal.decoding` if the user asked for it for this evaluation only. Without `redo`, an existing evaluation of the
+    same model, features and decoding is printed instead of being computed again. Raises UserError if the run is not
+    trained or has no fitted decoding, if the data have other classes, if the features come from another encoder, or if
+    image settings that the user gave (`given`) contradict the features.
     """
     temporal = run / TEMPORAL_FOLDER
     model, about = load_temporal(temporal)
     chosen_inference(inference, about.inference, model, temporal)
     if about.encoder:
         require_features_of(about.encoder, config, given, temporal / BEST_FILE)
-    source = _Source(config, run, split, features, inference, mapping)
+    chosen = ChosenDecoding.of_run(temporal, config.temporal.decoding, about.classes)
+    source = _Source(config, run, split, features, inference, mapping, decoding)
     folder, index, out = source.own(given) if index_file is None else source.other(index_file)
     common = PhaseMapping.read(mapping, about.dataset, about.phases, index) if mapping else None
     if common is None:
@@ -102,7 +107,7 @@ def evaluate_run(
 
     probe = None if common else _tool_probe(run, videos, index, split, config.data.allow_overlap)
     thresholds, tracks = _thresholds(folder, index, probe), () if common else about.further_tracks
-    identity = _identity(temporal, videos, index, split, inference, thresholds, tracks, common, probe).digest
+    identity = _identity(temporal, videos, index, split, inference, thresholds, tracks, common, probe, chosen).digest
     fps = float(next(iter(videos.values())).attributes["fps"])
     labels = GroundTruth(index, split, fps, videos, known_root(config), tracks)
     truth = common.of_truth(labels) if common else labels
@@ -110,7 +115,7 @@ def evaluate_run(
     if evaluation is not None:
         say(f"{out}: unchanged")
     else:
-        predicted = _predicted(config, temporal, videos, inference, thresholds, common, stop, probe)
+        predicted = _predicted(config, temporal, videos, inference, thresholds, common, stop, probe, chosen)
         evaluation = score_and_write(
             out,
             truth,
@@ -119,7 +124,8 @@ def evaluate_run(
             encoder=_encoder(videos),
             mapping=common.to_json() if common else None,
             tool_probe=probe.to_json() if probe else None,
-            offline=not model.causal,
+            offline=_offline_heads(model, chosen),
+            decoding=chosen.to_json() if chosen else None,
         )
     report(run, out, truth, evaluation)
     return evaluation
@@ -139,6 +145,7 @@ class _Source:
     features: Path | None
     inference: Inference | None
     mapping: Path | None
+    decoding: DecodingMode | None
 
     def own(self, given: GivenKeys) -> tuple[Path, Index, Path]:
         """The run's feature folder, or the one that the user named, which counts as another index if it has one.
@@ -191,12 +198,19 @@ class _Source:
         return report.folder, usable_index(report.folder)
 
     def _place(self, other: str | None) -> Path:
-        more = [self.mapping.stem] if self.mapping else []
+        more = [*([self.decoding] if self.decoding else []), *([self.mapping.stem] if self.mapping else [])]
         return self.run / "evaluate" / folder_name(self.split, self.inference, other, *more)
 
     def _require_separate(self, index: Index, *, own: bool) -> None:
         allow = self.config.data.allow_overlap
         require_separate_split(self.run / TEMPORAL_FOLDER, index, self.split, allow, own=own)
+
+
+def _offline_heads(model: PhaseModel, decoding: ChosenDecoding | None) -> set[str]:
+    """The heads whose predictions depend on later frames, however much later."""
+    if not model.causal:
+        return {HEAD, UNDECODED}
+    return {HEAD} if decoding and decoding.settings.mode == "offline" else set()
 
 
 def _as_in_training(config: Config, about: TemporalAbout, where: str) -> Config:
@@ -305,12 +319,13 @@ def _identity(
     tracks: Sequence[str],
     common: PhaseMapping | None,
     probe: ToolProbe | None,
+    decoding: ChosenDecoding | None,
 ) -> StageIdentity:
     """Everything that an evaluation depends on.
 
     This is the weights of both heads and of the tools' probe, the encoder and sources of the features, the labels, the
     majority phase of the training videos, the thresholds (which depend on the validation videos), which videos are left
-    out and why, and the metrics and conventions of plug-ins.
+    out and why, the decoding, and the metrics and conventions of plug-ins.
     """
     heads = (temporal, temporal / FRAME_FOLDER)
     weights = [sha256_file(path) for folder in heads if (path := folder / BEST_FILE).exists()]
@@ -334,6 +349,7 @@ def _identity(
             "plugins": plugin_names() or ABSENT,
             "mapping": common.to_json() if common else ABSENT,
             "tool_probe": probe.to_json() if probe else ABSENT,
+            "decoding": decoding.to_json() if decoding else ABSENT,
         }
     )
 
@@ -383,26 +399,38 @@ def _predicted(
     common: PhaseMapping | None,
     stop: StopRequest,
     probe: ToolProbe | None,
+    decoding: ChosenDecoding | None,
 ) -> Predicted:
     """The predictions of both heads, of every track, and of the majority class, in the common vocabulary if given."""
-    probabilities = _probabilities(config, temporal, videos, inference, stop)
+    by_track: dict[str, Mapping[str, Videos]] = {**_probabilities(config, temporal, videos, inference, stop)}
+    labels = {}
+    if decoding:
+        fps = float(next(iter(videos.values())).attributes["fps"])
+        for track, heads in by_track.items():
+            by_track[track], labels[track] = decoding.of_heads(track, fps, heads)
     predicted = Predicted(
-        probabilities=probabilities.pop(MAIN_TRACK),
+        probabilities=by_track.pop(MAIN_TRACK),
         tool_logits=tool_logits_of(videos, probe),
         majority=recorded_majority(temporal / RESULT_FILE, required=True),
         thresholds=thresholds,
-        tracks=_of_tracks(temporal, probabilities),
+        tracks=_of_tracks(temporal, by_track, labels),
+        labels=labels.get(MAIN_TRACK, {}),
     )
     return common.of_predicted(predicted) if common else predicted
 
 
 def _of_tracks(
-    temporal: Path, probabilities: Mapping[str, Mapping[str, Mapping[str, NDArray[np.float32]]]]
+    temporal: Path,
+    probabilities: Mapping[str, Mapping[str, Videos]],
+    labels: Mapping[str, Mapping[str, Mapping[str, NDArray[np.int8]]]],
 ) -> dict[str, Predicted]:
-    """The predictions of additional label tracks, given the probabilities {track: {head: {video: (T, C)}}}."""
+    """The predictions of additional label tracks, given the probabilities {track: {head: {video: (T, C)}}}.
+
+    `labels` are {track: {head: {video: (T,)}}} of heads that are decoded.
+    """
     constants = majority_of_tracks(temporal / RESULT_FILE, list(probabilities))
     return {
-        track: Predicted(probabilities=one, tool_logits={}, majority=constants[track])
+        track: Predicted(probabilities=one, tool_logits={}, majority=constants[track], labels=labels.get(track, {}))
         for track, one in probabilities.items()
     }
 

@@ -75,13 +75,22 @@ class PhaseMapping:
         matrix = np.zeros((len(self.trained), len(self.mapping.phases)), np.float32)  # (C, common C)
         for own, common in enumerate(self.trained):
             matrix[own, common] = common >= 0
+        numbers = np.array(self.trained, dtype=np.int8)
+        mapped = {head: _mapped(videos, matrix) for head, videos in predicted.probabilities.items()}
         majority = predicted.majority
         if majority is not None:
             majority = self.trained[majority] if self.trained[majority] >= 0 else NO_PREDICTION
         return Predicted(
-            probabilities={head: _mapped(videos, matrix) for head, videos in predicted.probabilities.items()},
+            probabilities=mapped,
             tool_logits={},
             majority=majority,
+            labels={
+                head: {
+                    name: np.where(numbers[one] >= 0, numbers[one], mapped[head][name].argmax(axis=1)).astype(np.int8)
+                    for name, one in videos.items()
+                }
+                for head, videos in predicted.labels.items()
+            },
         )
 
 

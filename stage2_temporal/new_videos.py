@@ -22,7 +22,7 @@ from torch import Tensor
 from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError
 from configs.load import NO_KEYS, GivenKeys, load_dataset
-from configs.schema import CNN_FOLDER, JOINT_FOLDER, TEMPORAL_FOLDER, Config, Inference
+from configs.schema import CNN_FOLDER, JOINT_FOLDER, MAIN_TRACK, TEMPORAL_FOLDER, Config, Inference
 from engine.device import start_stage
 from engine.files import atomic_path, inside, make_folder, read_json, sha256_file, write_json, write_text
 from engine.memory import needs_gpu_memory
@@ -53,6 +53,7 @@ from stage1_cnn.decode_ahead import frames_of_videos
 from stage1_cnn.encoders.calibration import FromStore
 from stage1_cnn.encoders.encoder import load_encoder
 from stage2_temporal.data import with_tool_logits
+from stage2_temporal.decoding.chosen import ChosenDecoding
 from stage2_temporal.heads.base import require_causal
 from stage2_temporal.model import PhaseModel
 from stage2_temporal.predict import OnlinePredictor, as_trained, chosen_inference, load_temporal, other_encoder
@@ -78,6 +79,7 @@ class Recogniser:
     spec: DataSetSpec
     weights: dict[str, str]
     tracks: tuple[str, ...] = ()  # additional label tracks, in the order of `phase`'s output after the phases
+    decoding: ChosenDecoding | None = None
 
     def by_track(self, probabilities: NDArray[np.float32]) -> list[NDArray[np.float32]]:
         """The output of `phase` (T, C), divided into the probabilities of the phases and of each of `tracks`."""
@@ -87,7 +89,8 @@ class Recogniser:
     def identity(self) -> dict[str, Any]:
         """Everything that a prediction depends on, apart from the video."""
         clip_frames = self.clip_frames if self.inference == "clip" else None
-        return {**self.weights, "inference": self.inference, "clip_frames": clip_frames, "fps": self.config.data.fps}
+        found = {**self.weights, "inference": self.inference, "clip_frames": clip_frames, "fps": self.config.data.fps}
+        return found | ({"decoding": self.decoding.to_json()} if self.decoding else {})
 
 
 @dataclass
@@ -129,6 +132,7 @@ def pair_of_stages(
     model, about = load_temporal(folder)
     require_causal(model.head)
     inference = chosen_inference(inference, about.inference, model, folder)
+    decoding = ChosenDecoding.of_run(folder, config.temporal.decoding, about.classes)
     recorded = about.encoder
     if not recorded:
         raise UserError(f"{folder / 'best.pt'}: does not record the encoder of its features; train it again")
@@ -169,7 +173,7 @@ def pair_of_stages(
     weights = {"temporal": sha256_file(folder / BEST_FILE), "encoder": encoder.spec.digest}
     if probe is not None:
         weights["tools"] = sha256_file(probe.path)
-    return Recogniser(encode, model, inference, about.frames, config, spec, weights, about.further_tracks)
+    return Recogniser(encode, model, inference, about.frames, config, spec, weights, about.further_tracks, decoding)
 
 
 def _with_other_ways(error: UserError, run: Path, cnn_run: Path | None) -> UserError:
@@ -311,14 +315,17 @@ class _Video:
 
     def _predictions(self) -> list[PredictionFile]:
         """The predictions of the phases, with the tools, and of each additional track."""
+        known = self._recogniser
         tools = np.concatenate(self._tools).astype(np.float32) if self._tools else None
         time_s = frame_times_s(self.entry, self.frame_index)
-        return [
-            PredictionFile(
-                self.frame_index, time_s, values.argmax(axis=1).astype(np.int8), values, None if at else tools
-            )
-            for at, values in enumerate(self._recogniser.by_track(np.stack(self._phases)))
-        ]
+        found = []
+        for track, values in zip((MAIN_TRACK, *known.tracks), known.by_track(np.stack(self._phases)), strict=True):
+            labels, probabilities = values.argmax(axis=1).astype(np.int8), values
+            if known.decoding:
+                labels, probabilities = known.decoding.decode(track, known.config.data.fps, values)
+            of_tools = tools if track == MAIN_TRACK else None
+            found.append(PredictionFile(self.frame_index, time_s, labels, probabilities, of_tools))
+        return found
 
     def _annotations(self, predictions: Sequence[PredictionFile]) -> VideoAnnotations:
         """The predictions of each track as intervals.
@@ -409,7 +416,7 @@ def _draw(recogniser: Recogniser, prediction: PredictionFile, dataset: Dataset, 
                 for frame, sample in zip(reader.read(shown.tolist()), samples.tolist(), strict=True):
                     if overlay is None:
                         size = frame.shape[1], frame.shape[0]
-                        overlay = Overlay(*size, *scores, spec.phases, spec.tools)
+                        overlay = Overlay(*size, *scores, spec.phases, spec.tools, prediction.phase)
                     yield overlay.add(frame, sample)
                     bar.update()
 

@@ -24,6 +24,8 @@ from engine.runs import BEST_FILE
 from engine.stopping import StopRequest
 from features.store import VideoFeatures
 from stage2_temporal.data import Batch, FeatureBank, Span, chunk_batches, clip_batches, group_by_length, take
+from stage2_temporal.decoding.chosen import ChosenDecoding
+from stage2_temporal.decoding.decoder import Decision
 from stage2_temporal.heads.base import HeadOutput, State, build_head, first_rows, require_causal, softmax_by_track
 from stage2_temporal.heads.standardise import Standardise
 from stage2_temporal.model import PhaseModel
@@ -287,3 +289,39 @@ class OnlinePredictor:
             logits = self._model(self._clip).logits[:, -1]
         probabilities: NDArray[np.float32] = softmax_by_track(logits.float(), self._model.head.widths, 1).cpu().numpy()
         return probabilities[0] if given.ndim == 1 else probabilities
+
+
+class OnlineDecoder:
+    """Recognition frame by frame with decoding: takes embeddings of one video, and returns decisions.
+
+    `model` gives the probabilities of the frames at `fps`. `step` returns the decisions that are now final: of the
+    frame itself or, with a lag of L frames, of the frame L before it, so that there are none for the first L frames.
+    `finish` returns the rest. A decision has one entry per label track. The decisions of a video are those of
+    `predict`. Raises UserError for `mode=offline`, which needs whole videos.
+    """
+
+    def __init__(self, model: OnlinePredictor, about: TemporalAbout, decoding: ChosenDecoding, fps: float) -> None:
+        if decoding.settings.mode == "offline":
+            raise UserError(
+                "temporal.decoding.mode=offline needs whole videos; frame by frame, use causal, with lag_s if it may "
+                "look ahead"
+            )
+        self._model, self._about, self._decoding, self._fps = model, about, decoding, fps
+        self.reset()
+
+    def reset(self) -> None:
+        """Start a new video: forget the frames so far."""
+        self._model.reset()
+        self._decoders = {track: self._decoding.decoder(track, self._fps) for track in self._about.classes}
+
+    def step(self, x: Tensor | ArrayLike) -> list[dict[str, Decision]]:
+        """The decisions {track: ...} that are final with the next frame's embedding (D,)."""
+        parts = self._about.by_track(self._model.step(x)[None])
+        return self._together({track: one.step(parts[track][0]) for track, one in self._decoders.items()})
+
+    def finish(self) -> list[dict[str, Decision]]:
+        """The decisions of the remaining frames, at the end of the video."""
+        return self._together({track: one.finish() for track, one in self._decoders.items()})
+
+    def _together(self, found: Mapping[str, Sequence[Decision]]) -> list[dict[str, Decision]]:
+        return [dict(zip(found, decisions, strict=True)) for decisions in zip(*found.values(), strict=True)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,15 @@ from evaluation.files.predictions import PHASE, TOOLS_ALONE, PredictionFile, wri
 from evaluation.files.truth import TRUTH_FILE, Truth, VideoTruth, is_simulated, write_truth
 from evaluation.metrics.conventions import MAIN_CONVENTION
 from evaluation.metrics.phases import evaluate_phases
-from evaluation.metrics.results import HEAD, METRICS_FILE, Evaluation, JointDetails, PhaseResults, ToolResults
+from evaluation.metrics.results import (
+    HEAD,
+    METRICS_FILE,
+    UNDECODED,
+    Evaluation,
+    JointDetails,
+    PhaseResults,
+    ToolResults,
+)
 from evaluation.metrics.tools import choose_thresholds, evaluate_tools, sigmoid
 from evaluation.reports.model_card import write_model_card
 from evaluation.reports.paper_figures import phase_ribbons
@@ -98,7 +106,8 @@ class Predicted:
     `probabilities` is {head: {video: (T, C)}}. `tool_logits` is {video: (T, K)}, for the videos whose encoder has a
     trained tool head. `majority` is the most frequent phase of the training videos; it is scored like a head that
     always predicts this phase. `thresholds` holds a threshold per tool, at which tools are scored as well. `tracks` has
-    the predictions of additional label tracks by name, in the form of those of the phases.
+    the predictions of additional label tracks by name, in the form of those of the phases. `labels` has the predicted
+    phases {head: {video: (T,)}} of heads that are decoded; those of the others are the most probable ones.
     """
 
     probabilities: Mapping[str, Mapping[str, NDArray[np.float32]]]
@@ -106,11 +115,13 @@ class Predicted:
     majority: int | None = None
     thresholds: Mapping[str, float] | None = None
     tracks: Mapping[str, Predicted] = field(default_factory=dict)
+    labels: Mapping[str, Mapping[str, NDArray[np.int8]]] = field(default_factory=dict)
 
-    def phases(self, truth: GroundTruth) -> dict[str, dict[str, NDArray[np.int8]]]:
+    def phases(self, truth: GroundTruth) -> dict[str, Mapping[str, NDArray[np.int8]]]:
         """The predicted phases {head: {video: (T,)}}, which include a head "majority" if `majority` is given."""
-        found = {
-            head: {name: values.argmax(axis=1).astype(np.int8) for name, values in videos.items()}
+        found: dict[str, Mapping[str, NDArray[np.int8]]] = {
+            head: self.labels.get(head)
+            or {name: values.argmax(axis=1).astype(np.int8) for name, values in videos.items()}
             for head, videos in self.probabilities.items()
         }
         if self.majority is not None:
@@ -179,12 +190,13 @@ def score_and_write(
     joint: JointDetails | None = None,
     mapping: Mapping[str, Any] | None = None,
     tool_probe: Mapping[str, Any] | None = None,
-    offline: bool = False,
+    offline: Collection[str] = (),
+    decoding: Mapping[str, Any] | None = None,
 ) -> Evaluation:
     """Compute the metrics of every head and of the tools, and write them to `out`.
 
     The truth, and the predictions and ribbons of the head `temporal`, are written there too. The keyword arguments
-    (`offline`: whether this head looks into the future) are only recorded in `metrics.json`. Raises UserError if the
+    (`offline`: the heads that look into the future) are only recorded in `metrics.json`. Raises UserError if the
     folder cannot be written.
     """
     for note in unlabelled_note(truth.phases, "are not scored"):
@@ -216,6 +228,7 @@ def score_and_write(
         encoder=encoder,
         mapping=mapping,
         tool_probe=tool_probe,
+        decoding=decoding,
         joint=joint,
     )
     make_folder(out)
@@ -228,7 +241,7 @@ def score_and_write(
 
 
 def _phase_results(
-    truth: GroundTruth, phases: Mapping[str, Mapping[str, NDArray[np.int8]]], offline: bool
+    truth: GroundTruth, phases: Mapping[str, Mapping[str, NDArray[np.int8]]], offline: Collection[str]
 ) -> dict[str, dict[str, PhaseResults]]:
     """The results of each head under each convention; empty if no video has labels."""
     spec, labels = truth.index.dataset, truth.phases
@@ -240,7 +253,7 @@ def _phase_results(
             truth.fps,
             split=truth.split,
             background=spec.background,
-            offline=offline and head == HEAD,
+            offline=head in offline,
         )
         for head, videos in phases.items()
         if labels
@@ -301,6 +314,8 @@ def report(run: Path, out: Path, truth: GroundTruth, evaluation: Evaluation, tra
 def _print_tables(truth: GroundTruth, evaluation: Evaluation) -> None:
     """Print the tables of phase and tool metrics."""
     console = Console()
+    if evaluation.decoding_words:
+        say(f"head {HEAD}: {evaluation.decoding_words}; {UNDECODED}: the same head without")
     for track, heads in {MAIN_TRACK: evaluation.phases, **(evaluation.tracks or {})}.items():
         if heads:
             console.print(comparison_table(heads, track=track if evaluation.tracks else None))

@@ -26,7 +26,7 @@ READING = {
     "--allow-missing": "",
 }
 WEIGHTS = ["--set", "cnn.weights=own.pth"]
-PREDICT = {**RUN, "--inference": "clip", "--out": "a #b", "--video": "", "--as": "eaf"}
+PREDICT = {**RUN, "--inference": "clip", "--decoding": "causal", "--out": "a #b", "--video": "", "--as": "eaf"}
 EXTRACT = {**RUN, "--devices": "2", "--shard": "1/2", "--index": "a #b"}
 NEW_VIDEOS = "stage2_temporal.new_videos:predict_new_videos"
 PAIR = ("stage2_temporal.new_videos:pair_of_stages", NEW_VIDEOS)
@@ -282,6 +282,7 @@ MODES = [
             "--predictions": "theirs|--ground-truth|truth",
             "--model": "joint",
             "--inference": "clip",
+            "--decoding": "causal",
             "--split": "val",
             "--index": "a #b",
             "--mapping": "cataract",
@@ -294,7 +295,14 @@ MODES = [
         JOINT,
         ("stage2_temporal.joint.evaluate:evaluate_joint",),
         {**RUN, "--inference": "clip", "--split": "val", "--index": "a #b", "--mapping": "cataract"},
-        {**READING, "--features": "x", "--convention": "pooled", "--json": "x.json", "--predictions": "theirs"},
+        {
+            **READING,
+            "--features": "x",
+            "--convention": "pooled",
+            "--json": "x.json",
+            "--predictions": "theirs",
+            "--decoding": "causal",
+        },
     ),
     Mode(
         "evaluate",
@@ -310,7 +318,7 @@ MODES = [
             "--split": "test",
         },
         {"--name": "x", "--features": "x", "--model": "joint", "--inference": "clip", "--index": "x.json"}
-        | {"--mapping": "cataract"},
+        | {"--mapping": "cataract", "--decoding": "causal"},
     ),
     Mode(
         "predict",
@@ -341,8 +349,8 @@ MODES = [
         "a joint net",
         ["video.mp4", *JOINT],
         ("stage2_temporal.joint.new_videos:joint_net", NEW_VIDEOS),
-        PREDICT,
-        {"--from-cnn": "a", "--from-joint": "b", "--trusted": ""},
+        {option: value for option, value in PREDICT.items() if option != "--decoding"},
+        {"--from-cnn": "a", "--from-joint": "b", "--trusted": "", "--decoding": "causal"},
     ),
     Mode(
         "import-checkpoint",

@@ -100,6 +100,23 @@ def test_new_videos_get_the_same_predictions_frame_by_frame(place: Path) -> None
     assert "1 unchanged" in succeed(["predict", *NAMED, "videos/videos/video04.mp4"], place)
 
 
+def test_predictions_of_new_videos_are_decoded_and_say_how_far_ahead_they_look(place: Path) -> None:
+    arguments = ["videos/videos/video04.mp4", "--decoding", "offline", "--out", "decoded"]
+    succeed(["predict", *NAMED, *arguments], place)
+    made_by = json.loads((place / "decoded/video04.json").read_text())["made_by"]
+    assert (made_by["decoding"]["mode"], made_by["decoding"]["offline"]) == ("offline", True)
+    succeed(["evaluate", *NAMED, "--decoding", "offline"], place)
+    for csv in ("video04.csv", "steps/video04.csv"):
+        one, other = (
+            np.genfromtxt(folder / csv, delimiter=",", skip_header=1, usecols=(0, 2, 4, 5, 6, 7))
+            for folder in (place / "decoded", place / "runs/two/evaluate/test-offline/predictions")
+        )
+        np.testing.assert_allclose(one, other, atol=1e-3)
+    done = run(["predict", *NAMED, *arguments, "--set", "temporal.decoding.lag_s=2"], place)
+    assert (done.returncode, len(done.stderr.strip().splitlines())) == (2, 1)
+    assert "lag_s: mode=offline sees the whole video" in done.stderr
+
+
 def test_labels_of_both_tracks_are_reviewed(place: Path) -> None:
     words = ["annotations", "review", "two", "--min-confidence", "0", "--as", "eaf", "--as", "labelstudio"]
     succeed(words, place)

@@ -22,6 +22,7 @@ from engine.records import FLAT, Record
 
 METRICS_FILE = "metrics.json"
 HEAD = "temporal"  # of the heads in a `metrics.json`, the one whose predictions are also written to files
+UNDECODED = "undecoded"  # the same head without decoding, if its predictions are decoded
 
 
 def json_number(value: float | np.floating[Any]) -> float | None:
@@ -254,7 +255,8 @@ class Evaluation(Record):
     `mapping` has the name of a mapping of classes and its effect, if one was used. `simulated` is None in files of
     versions that did not record it. `tracks` has the results of additional label tracks, in the form of `phases`; None
     for a run that recognises phases only. `tool_probe` has C, validation mAP (a fraction) and the hash of the linear
-    probe of the features that recognised the tools; None for tools of the net itself.
+    probe of the features that recognised the tools; None for tools of the net itself. `decoding` says how the
+    predictions of `temporal` were decoded, beside which there is then the head `undecoded`; None if they were not.
     """
 
     split: str
@@ -272,6 +274,7 @@ class Evaluation(Record):
     tracks: Mapping[str, Mapping[str, ByConvention]] | None = None
     mapping: Mapping[str, Any] | None = None
     tool_probe: Mapping[str, Any] | None = None
+    decoding: Mapping[str, Any] | None = None
     joint: JointDetails | None = field(default=None, metadata=FLAT)
 
     @classmethod
@@ -309,6 +312,21 @@ class Evaluation(Record):
     def tasks(self) -> str:
         """The branches of the net: `both`, `phase` or `tool`."""
         return self.joint.tasks if self.joint else "both"
+
+    @property
+    def decoding_words(self) -> str | None:
+        """How the phases were decoded, and how far a decision looks ahead, in words; None without decoding."""
+        if self.decoding is None:
+            return None
+        mode, lag = self.decoding.get("mode"), self.decoding.get("lag_s")
+        if mode == "causal":
+            return f"decoded causally, with a lag of {lag} s" if lag else "decoded causally, without a lag"
+        known = {
+            "calibrated": "not decoded, with calibrated probabilities",
+            "filter": "decoded by a forward filter",
+            "offline": "decoded offline, from whole videos",
+        }
+        return known.get(str(mode), f"decoded ({mode})")
 
     @property
     def scored_words(self) -> str:

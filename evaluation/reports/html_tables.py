@@ -8,7 +8,17 @@ from typing import Any
 
 from configs.schema import MAIN_TRACK
 from evaluation.metrics.conventions import metric_title
-from evaluation.metrics.results import HEAD, Interval, PhaseAbout, PooledScore, Score, ToolAbout, counted, marked
+from evaluation.metrics.results import (
+    HEAD,
+    UNDECODED,
+    Interval,
+    PhaseAbout,
+    PooledScore,
+    Score,
+    ToolAbout,
+    counted,
+    marked,
+)
 from evaluation.reports.gather import Report, RunResults, differing_settings, settings_of
 from evaluation.reports.tables import (
     IN_BRACKETS,
@@ -25,7 +35,12 @@ from evaluation.reports.tables import (
     track_title,
 )
 
-HEAD_TITLES = {HEAD: "Temporal head", "frame": "Per-frame head", "majority": "Most frequent phase"}
+HEAD_TITLES = {
+    HEAD: "Temporal head",
+    UNDECODED: "Temporal head, not decoded",
+    "frame": "Per-frame head",
+    "majority": "Most frequent phase",
+}
 PACKAGES = ("surgstage", "torch", "accelerate")
 
 

@@ -12,7 +12,7 @@ from configs.dataset_spec import DataSetSpec
 from configs.load import read_yaml
 from engine.files import read_json_object, write_text
 from evaluation.metrics.conventions import metric_title
-from evaluation.metrics.results import HEAD, Evaluation, Score
+from evaluation.metrics.results import HEAD, UNDECODED, Evaluation, Score
 from evaluation.reports.summary import settings_behind, used_videos
 from evaluation.reports.tables import mean_std_text, metrics_of, number_text
 from evaluation.reports.templates import template_environment
@@ -35,7 +35,11 @@ _PARTS = {  # settings of the joint net's parts
     "temporal": (),
     "joint": (("cnn", "backbone"), ("cnn", "freeze_until"), ("cnn", "layer_lr_decay"), ("temporal", "head")),
 }
-_BASELINES = {"frame": "per-frame head on the same features", "majority": "always the longest phase of training"}
+_BASELINES = {
+    UNDECODED: "the same head without decoding",
+    "frame": "per-frame head on the same features",
+    "majority": "always the longest phase of training",
+}
 
 
 def write_model_card(

@@ -33,13 +33,14 @@ class Overlay:
         tools: NDArray[np.float32] | None,
         phases: Sequence[str],
         tool_names: Sequence[str],
+        predicted: NDArray[np.int8] | None = None,
     ) -> None:
         self._size = (height_px, width_px)
         self.width_px = width_px + width_px % 2  # H.264 needs even sides
         band = max(_SMALLEST_BAND_PX, round(_FRACTION * height_px))
         self.band_px = band + (band + height_px) % 2
         self._probabilities, self._tools = probabilities, tools
-        self._phase = probabilities.argmax(axis=1)
+        self._phase = probabilities.argmax(axis=1) if predicted is None else predicted
         self._phases, self._tool_names = phases, tool_names
         self._colours = phase_colours(len(phases))
         self._fonts = [_font(round(self.band_px * fraction)) for fraction in (0.32, 0.22)]

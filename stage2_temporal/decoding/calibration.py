@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from evaluation.metrics.counts import FloatArray, IntArray
 
-LIMITS = (0.5, 5.0)  # of a temperature: one validation video must not make probabilities meaningless
+LIMITS = (0.5, 5.0)  # of a head's temperature: one validation video must not make probabilities meaningless
 SMALLEST = float(np.finfo(np.float32).tiny)  # probabilities are clipped here before their logarithm is taken
 
 
@@ -24,8 +24,8 @@ def scaled(log_p: FloatArray, temperature: float) -> FloatArray:
     return found
 
 
-def fit_temperature(log_p: FloatArray, labels: IntArray) -> float:
-    """The temperature in `LIMITS` with the least mean negative log-likelihood of the labels (N,) under (N, C).
+def fit_temperature(log_p: FloatArray, labels: IntArray, limits: tuple[float, float] = LIMITS) -> float:
+    """The temperature in `limits` with the least mean negative log-likelihood of the labels (N,) under (N, C).
 
     1 without labels. The classes' order, and so the accuracy, does not depend on the temperature.
     """
@@ -40,5 +40,5 @@ def fit_temperature(log_p: FloatArray, labels: IntArray) -> float:
         temperature = np.exp(log_temperature)
         return float((logsumexp(log_p / temperature, axis=1) - own / temperature).mean())
 
-    found = minimize_scalar(loss, bounds=np.log(LIMITS), method="bounded", options={"xatol": 1e-4})
+    found = minimize_scalar(loss, bounds=np.log(limits), method="bounded", options={"xatol": 1e-4})
     return round(float(np.exp(found.x)), 4)

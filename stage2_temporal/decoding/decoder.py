@@ -26,9 +26,10 @@ class Decoder:
     """The decoder of one label track and one video.
 
     `step` takes the head's probabilities of the next frame and returns the decisions that are now final, in the order
-    of the frames; `finish` returns the rest, and afterwards there are as many decisions as frames. With `mode=causal`
-    the decision of a frame depends on it, the frames before it, and the `lag_s` seconds after it; its probabilities
-    depend on no later frame at all. With `mode=offline` all decisions are made by `finish`, from the whole video.
+    of the frames; `finish` returns the rest, and afterwards there are as many decisions as frames. With `mode=filter` a
+    decision depends on the frame and those before it, and the class is the most probable one. With `mode=causal` the
+    class depends on the `lag_s` seconds after the frame too, and the probabilities on nothing later than the frame.
+    With `mode=offline` all decisions are made by `finish`, from the whole video.
     """
 
     def __init__(self, fitted: TrackDecoding, settings: DecodingConfig, fps: float) -> None:
@@ -43,28 +44,37 @@ class Decoder:
 
     def step(self, probabilities: ArrayLike) -> list[Decision]:
         """The decisions that are final with this frame, whose probabilities are (C,)."""
-        log_p = log_probabilities(np.asarray(probabilities))[None]
+        fitted, log_p = self._fitted, log_probabilities(np.asarray(probabilities))[None]
         if self._mode in ("none", "calibrated"):
-            found = scaled(log_p, self._fitted.temperature if self._mode == "calibrated" else 1.0)[0]
-            return [Decision(int(found.argmax()), found.astype(np.float32))]
-        emission = self._fitted.emissions(log_p, self._fps)
-        self._posteriors.append(self._filter.step(emission))
+            return [_most_probable(log_p, fitted.temperature if self._mode == "calibrated" else 1.0)]
+        emission = fitted.emissions(log_p, self._fps, fitted.filter_kappa)
+        posterior = self._filter.step(emission)
+        if self._mode == "filter":
+            return [_most_probable(log_probabilities(posterior), fitted.filter_temperature)]
+        self._posteriors.append(posterior)
         if self._mode == "offline":
             self._emissions.append(emission)
-        decided = self._viterbi.step(emission)
-        return [] if decided is None else [self._decision(int(decided[0]), self._fitted.filter_temperature)]
+        decided = self._viterbi.step(fitted.emissions(log_p, self._fps, fitted.viterbi_kappa))
+        return [] if decided is None else [self._decision(int(decided[0]), fitted.filter_temperature)]
 
     def finish(self) -> list[Decision]:
         """The decisions of the remaining frames, at the end of the video."""
         temperature = self._fitted.filter_temperature
         if self._emissions:
-            found = smoothed(self._fitted.graph, self._fps, np.stack(self._emissions), np.stack(list(self._posteriors)))
-            self._posteriors, temperature = deque(found), self._fitted.smoother_temperature
+            past = np.stack(list(self._posteriors))
+            self._posteriors = deque(smoothed(self._fitted.graph, self._fps, np.stack(self._emissions), past))
+            temperature = self._fitted.smoother_temperature
         return [self._decision(int(one[0]), temperature) for one in self._viterbi.finish()]
 
     def _decision(self, label: int, temperature: float) -> Decision:
         posterior = self._posteriors.popleft()[0]
         return Decision(label, scaled(log_probabilities(posterior), temperature).astype(np.float32))
+
+
+def _most_probable(log_p: FloatArray, temperature: float) -> Decision:
+    """The most probable class of log-probabilities (1, C), and the probabilities at a temperature."""
+    found = scaled(log_p, temperature)[0]
+    return Decision(int(found.argmax()), found.astype(np.float32))
 
 
 def decode(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,10 +15,10 @@ from stage2_temporal.decoding.fitted import TrackDecoding, ValidationScores
 from stage2_temporal.decoding.graph import learn_graph
 from stage2_temporal.decoding.inference import Chains, Viterbi, filtered, smoothed
 
-KAPPAS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 3.0)
-ALPHAS = (0.0, 0.5)
+KAPPAS = (0.05, 0.1, 0.2, 0.5)
 MIN_DURATIONS_S = (0.0, 5.0, 15.0, 30.0)
-USUAL = (0.1, 0.0, 5.0)  # kappa, alpha, minimum duration without validation videos
+USUAL_KAPPA, USUAL_MIN_DURATION_S = 0.1, 5.0  # without validation videos
+POSTERIOR_LIMITS = (0.5, 50.0)  # of the temperature of a posterior, which sums up evidence and so is far too certain
 TOLERANCE = 0.005  # settings with at most this much less accuracy than the best count as equally accurate
 
 
@@ -66,63 +65,69 @@ def fit_track(
     """The decoding of a track with `classes`.
 
     `train` are the labels (T,) of the training videos, `probabilities` (T, C) and `labels` (T,) those of the validation
-    videos. Without labels in these, the temperatures are 1 and the other parameters `USUAL`.
+    videos. Without labels in these, the temperatures are 1, and the other parameters have their usual values.
     """
-    kappa, alpha, minimum = USUAL
-    graph = learn_graph(train, len(classes), fps)
-    found = TrackDecoding(classes=tuple(classes), kappa=kappa, alpha=alpha, min_duration_s=minimum, graph=graph)
+    found = TrackDecoding(
+        classes=tuple(classes),
+        filter_kappa=USUAL_KAPPA,
+        viterbi_kappa=USUAL_KAPPA,
+        min_duration_s=USUAL_MIN_DURATION_S,
+        graph=learn_graph(train, len(classes), fps),
+    )
     if not any((one >= 0).any() for one in labels):
         return found
     videos = Validation.of(probabilities, labels, fps)
     known = videos.labels >= 0
     if not known.any():
         return found
-    found = replace(found, temperature=fit_temperature(videos.log_p[known], videos.labels[known]))
-    found = replace(_with_parameters(found, videos), before=videos.scores(videos.log_p.argmax(axis=2)))
-    return _with_temperatures(found, videos)
+    found = replace(
+        found,
+        temperature=fit_temperature(videos.log_p[known], videos.labels[known]),
+        undecoded=videos.scores(videos.log_p.argmax(axis=2)),
+    )
+    return _with_viterbi(_with_filter(found, videos), videos)
 
 
-def _with_parameters(found: TrackDecoding, videos: Validation) -> TrackDecoding:
-    """The decoding with the best kappa, alpha and minimum duration: accuracy first, then false transitions.
+def _best(tried: Sequence[tuple[ValidationScores, TrackDecoding]]) -> TrackDecoding:
+    """Of the settings within `TOLERANCE` of the best accuracy, that with the fewest false transitions per hour."""
+    least = max(scores.accuracy for scores, _ in tried) - 100 * TOLERANCE
+    good = [one for one in tried if one[0].accuracy >= least]
+    return min(good, key=lambda one: (one[0].false_transitions_per_h, -one[0].accuracy))[1]
 
-    Of the settings within `TOLERANCE` of the best accuracy, it is the one with the fewest false transitions per hour.
-    """
+
+def _with_filter(found: TrackDecoding, videos: Validation) -> TrackDecoding:
+    """The decoding with the best weight of the filter, and the temperatures of the posteriors."""
+    posteriors = {
+        kappa: filtered(found.graph, videos.fps, found.emissions(videos.log_p, videos.fps, kappa)) for kappa in KAPPAS
+    }
     tried = []
-    weights = [replace(found, kappa=kappa, alpha=alpha) for kappa, alpha in product(KAPPAS, ALPHAS)]
-    for minimum in MIN_DURATIONS_S:
-        for one, labels in zip(weights, _decoded(weights, videos, minimum), strict=True):
-            tried.append(replace(one, min_duration_s=minimum, after=videos.scores(labels)))
-    accuracies = [one.after.accuracy for one in tried if one.after]
-    least = max(accuracies) - 100 * TOLERANCE
-    good = [one for one, accuracy in zip(tried, accuracies, strict=True) if accuracy >= least]
-
-    def badness(one: TrackDecoding) -> tuple[float, float]:
-        assert one.after
-        return one.after.false_transitions_per_h, -one.after.accuracy
-
-    return min(good, key=badness)
-
-
-def _decoded(weights: Sequence[TrackDecoding], videos: Validation, minimum: float) -> list[IntArray]:
-    """The labels (T, V) of the causal decoder without lag, for each of the settings, all in parallel."""
-    frames, count, classes = videos.log_p.shape
-    chains = Chains.of(weights[0].graph, videos.fps, minimum)
-    viterbi = Viterbi(chains, 0, len(weights) * count)
-    emissions = np.stack([one.emissions(videos.log_p, videos.fps) for one in weights], axis=1)  # (T, W, V, C)
-    steps = [viterbi.step(one.reshape(-1, classes)) for one in emissions]
-    labels = np.array(steps).reshape(frames, len(weights), count)
-    return list(labels.transpose(1, 0, 2))
-
-
-def _with_temperatures(found: TrackDecoding, videos: Validation) -> TrackDecoding:
-    """The decoding with the temperatures of the posteriors of filter and smoother."""
-    emissions, known = found.emissions(videos.log_p, videos.fps), videos.labels >= 0
-    past = filtered(found.graph, videos.fps, emissions)
-    both = [past]
-    smooth = np.empty_like(past)
+    for kappa, values in posteriors.items():
+        scores = videos.scores(values.argmax(axis=2))
+        tried.append((scores, replace(found, filter_kappa=kappa, filter=scores)))
+    found = _best(tried)
+    past = posteriors[found.filter_kappa]
+    emissions, smooth = found.emissions(videos.log_p, videos.fps, found.filter_kappa), np.empty_like(past)
     for at, frames in enumerate(videos.frames):  # without padding, which would count as later frames
         one = slice(0, frames), slice(at, at + 1)
         smooth[one] = smoothed(found.graph, videos.fps, emissions[one], past[one])
-    both.append(smooth)
-    fitted = [fit_temperature(log_probabilities(one[known]), videos.labels[known]) for one in both]
-    return replace(found, filter_temperature=fitted[0], smoother_temperature=fitted[1])
+    known = videos.labels >= 0
+    of_filter, of_smoother = (
+        fit_temperature(log_probabilities(values[known]), videos.labels[known], POSTERIOR_LIMITS)
+        for values in (past, smooth)
+    )
+    return replace(found, filter_temperature=of_filter, smoother_temperature=of_smoother)
+
+
+def _with_viterbi(found: TrackDecoding, videos: Validation) -> TrackDecoding:
+    """The decoding with the best weight and minimum duration of the causal decoder without a lag."""
+    frames, count, classes = videos.log_p.shape
+    emissions = np.stack([found.emissions(videos.log_p, videos.fps, kappa) for kappa in KAPPAS], axis=1)  # (T, K, V, C)
+    tried = []
+    for minimum in MIN_DURATIONS_S:
+        viterbi = Viterbi(Chains.of(found.graph, videos.fps, minimum), 0, len(KAPPAS) * count)
+        steps = [viterbi.step(one.reshape(-1, classes)) for one in emissions]
+        labels = np.array(steps).reshape(frames, len(KAPPAS), count)
+        for at, kappa in enumerate(KAPPAS):
+            scores = videos.scores(labels[:, at])
+            tried.append((scores, replace(found, viterbi_kappa=kappa, min_duration_s=minimum, causal=scores)))
+    return _best(tried)

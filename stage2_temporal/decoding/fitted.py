@@ -32,27 +32,27 @@ class ValidationScores(Record):
 class TrackDecoding(Record):
     """The decoding of one label track.
 
-    `temperature` is that of the head. `kappa` is the weight of the evidence of one second, `alpha` the power to which
-    the training frequency of classes is divided out, and `min_duration_s` the minimum duration of a segment. The
-    posteriors of filter and smoother have temperatures of their own. `before` and `after` are the results on the
-    validation videos without decoding and with causal decoding; None without validation videos.
+    `temperature` is that of the head. `filter_kappa` and `viterbi_kappa` are the weights of the evidence of one second,
+    and `min_duration_s` is the minimum duration of a segment of Viterbi's path. The posteriors of filter and smoother
+    have temperatures of their own. `undecoded`, `filter` and `causal` are the results on the validation videos without
+    decoding and with these modes; None without validation videos.
     """
 
     classes: tuple[str, ...]
     temperature: float = 1.0
-    kappa: float
-    alpha: float
+    filter_kappa: float
+    viterbi_kappa: float
     min_duration_s: float
     filter_temperature: float = 1.0
     smoother_temperature: float = 1.0
     graph: TransitionGraph
-    before: ValidationScores | None = None
-    after: ValidationScores | None = None
+    undecoded: ValidationScores | None = None
+    filter: ValidationScores | None = None
+    causal: ValidationScores | None = None
 
-    def emissions(self, log_p: FloatArray, fps: float) -> FloatArray:
+    def emissions(self, log_p: FloatArray, fps: float, kappa: float) -> FloatArray:
         """The log-emissions (..., C) of the head's log-probabilities (..., C) of frames at `fps`."""
-        likelihood = log_probabilities(scaled(log_p, self.temperature))
-        found: FloatArray = self.kappa / fps * (likelihood - self.alpha * np.log(self.graph.frequency))
+        found: FloatArray = kappa / fps * log_probabilities(scaled(log_p, self.temperature))
         return found
 
     def check(self, classes: Sequence[str]) -> None:
@@ -60,14 +60,14 @@ class TrackDecoding(Record):
         if self.classes != tuple(classes):
             raise ValueError(f"its classes are {', '.join(self.classes)}, not {', '.join(classes)}")
         self.graph.require_classes(len(classes))
-        if not (np.array(self.graph.frequency) > 0).all() or not (np.array(self.graph.mean_s) > 0).all():
-            raise ValueError("frequency and mean_s must be positive")
+        if not (np.array(self.graph.mean_s) > 0).all() or not (np.array(self.graph.initial) > 0).all():
+            raise ValueError("mean_s and initial must be positive")
         limits = {
             "temperature": (0.01, 100.0),
             "filter_temperature": (0.01, 100.0),
             "smoother_temperature": (0.01, 100.0),
-            "kappa": (1e-6, 1e6),
-            "alpha": (0.0, 1.0),
+            "filter_kappa": (1e-6, 1e6),
+            "viterbi_kappa": (1e-6, 1e6),
             "min_duration_s": (0.0, MAX_MIN_DURATION_S),
         }
         for name, (low, high) in limits.items():

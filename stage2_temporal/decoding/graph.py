@@ -17,7 +17,7 @@ from engine.records import Record
 from evaluation.metrics.counts import FloatArray, IntArray
 from features.run_lengths import runs
 
-SMOOTHING = 0.5  # added to each count of a first class and of a transition
+SMOOTHING = 0.1  # added to each count of a first class and of a transition
 LEAST_LEAVING, MOST_LEAVING = 1e-6, 0.5  # limits of the probability that a class ends with a frame
 
 
@@ -27,15 +27,13 @@ class TransitionGraph(Record):
 
     `initial` (C,) and `following` (C, C) are the probabilities that a video begins with a class, and that one class is
     followed by another, given that it ends; the diagonal is 0. `mean_s` and `shortest_s` (C,) are the mean and the
-    shortest duration of an uninterrupted segment (0 for a class that does not occur). `frequency` (C,) is the fraction
-    of the frames.
+    shortest duration of an uninterrupted segment (0 for a class that does not occur).
     """
 
     initial: tuple[float, ...]
     following: tuple[tuple[float, ...], ...]
     mean_s: tuple[float, ...]
     shortest_s: tuple[float, ...]
-    frequency: tuple[float, ...]
 
     def require_classes(self, classes: int) -> None:
         """Raise ValueError unless all values are finite, not negative, and those of `classes` classes."""
@@ -94,5 +92,4 @@ def learn_graph(labels: Sequence[NDArray[np.integer]], classes: int, fps: float)
         following=tuple(map(tuple, following.tolist())),
         mean_s=tuple(mean.tolist()),
         shortest_s=tuple(min(own, default=0) / fps for own in segments),
-        frequency=tuple(((frames / fps + 1) / (frames / fps + 1).sum()).tolist()),  # one second more of each class
     )

@@ -28,6 +28,7 @@ from features.dataset.labels import sampled_labels
 from features.dataset.trained_on import is_own_index, require_separate_split
 from features.frames.settings_match import require_preprocess_of
 from features.frames.training_cache import frames_identity, recorded_faults
+from stage2_temporal.decoding.chosen import require_none
 from stage2_temporal.joint.net import IMPORTED, JointAbout, JointNet, joint_checkpoint, load_joint
 from stage2_temporal.joint.predict import Prediction, gap_nats, predict_videos
 from stage2_temporal.mapped import PhaseMapping
@@ -68,6 +69,7 @@ def evaluate_joint(
     settings (`given`), or if the data have other classes or another sampling rate than the net; raises Stopped when
     asked to stop.
     """
+    require_none(config, run)
     joint = _open(run, config, None if mapping else dataset.spec, inference, given)
     common = PhaseMapping.read(mapping, joint.about.dataset, joint.about.phases, dataset.index) if mapping else None
     config, trained_in = joint.config, joint.path.parent

@@ -17,6 +17,7 @@ from engine.files import sha256_file
 from engine.runs import require_same_classes
 from features.frames.preprocess import crop_frames, normalise
 from features.frames.settings_match import require_preprocess_of
+from stage2_temporal.decoding.chosen import require_none
 from stage2_temporal.joint.net import joint_checkpoint, load_joint
 from stage2_temporal.new_videos import Recogniser
 from stage2_temporal.predict import as_trained, chosen_inference
@@ -27,6 +28,7 @@ def joint_net(config: Config, run: Path, inference: Inference | None = None, giv
 
     Raises UserError if it has no phase branch or other classes, or if the user gave (`given`) other image settings.
     """
+    require_none(config, run)
     path = joint_checkpoint(run)
     net, about = load_joint(path)
     if net.phase is None:

@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 
 from configs.errors import UserError
-from configs.schema import Config
+from configs.schema import Config, DecodingConfig
 from engine.stopping import StopRequest
+from evaluation.files.predictions import read_prediction_csv
+from stage2_temporal.decoding.decoder import decode
+from stage2_temporal.decoding.fitted import load_decoding
 from stage2_temporal.evaluate import evaluate_run
-from tests.stage2_temporal.toy import cue_video, write_folder
+from tests.stage2_temporal.toy import cue_video, spec, write_folder
 
 
 def test_features_made_in_another_precision_are_evaluated_with_a_note(
@@ -51,3 +54,46 @@ def test_features_of_two_encoders_are_named_by_their_files(train: Any, tmp_path:
     config = Config.model_validate({"device": "cpu", "runs": tmp_path})
     with pytest.raises(UserError, match=r"case%3A1\.h5: made by encoder"):
         evaluate_run(config, tmp_path / "run", features=mixed, stop=StopRequest())
+
+
+def test_decoding_shows_both_heads_and_is_part_of_the_identity(
+    train: Any, tmp_path: Path, cue_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(temporal={"baseline": False})
+    temporal = tmp_path / "run/temporal"
+
+    def evaluate(*folders: str, redo: bool = False, **decoding: Any) -> tuple[dict, str]:
+        settings = {"device": "cpu", "runs": tmp_path, "temporal": {"decoding": decoding}}
+        named = decoding.get("mode") if folders else None
+        common: dict[str, Any] = {"features": cue_folder, "stop": StopRequest(), "redo": redo, "decoding": named}
+        evaluate_run(Config.model_validate(settings), tmp_path / "run", **common)
+        metrics = json.loads((tmp_path / "run/evaluate" / (folders or ("test",))[0] / "metrics.json").read_text())
+        return metrics, "".join(capsys.readouterr())
+
+    plain, printed = evaluate()
+    assert "decoding" not in plain
+    assert "undecoded" not in printed
+    csv = tmp_path / "run/evaluate/test/predictions/video08.csv"
+    raw = read_prediction_csv(csv, spec())
+    causal, printed = evaluate(mode="causal", min_duration_s=20)
+    assert "undecoded" in printed
+    assert "decoded causally, without a lag" in printed
+    assert list(causal["phases"]) == ["temporal", "undecoded", "majority"]
+    assert causal["phases"]["undecoded"] == plain["phases"]["temporal"]
+    assert causal["decoding"]["tracks"]["phases"]["min_duration_s"] == 20
+    assert causal["identity_sha256"] != plain["identity_sha256"]
+    found = read_prediction_csv(csv, spec())
+    fitted = load_decoding(temporal, {"phases": spec().phases}).tracks["phases"]
+    labels, values = decode(fitted, DecodingConfig(mode="causal", min_duration_s=20), 1.0, raw.probabilities)
+    np.testing.assert_array_equal(found.phase, labels)
+    np.testing.assert_array_equal(found.probabilities, values)
+    assert "unchanged" in evaluate(mode="causal", min_duration_s=20)[1]
+    offline, _ = evaluate("test-offline", mode="offline")
+    assert offline["decoding"]["offline"] is True
+    assert "phases are decoded" in "".join((tmp_path / "run/MODEL_CARD.md").read_text().lower().split("\n"))
+    calibrated, _ = evaluate("test-calibrated", mode="calibrated")
+    assert calibrated["phases"]["temporal"] == plain["phases"]["temporal"]
+    (temporal / "decoding.json").unlink()
+    with pytest.raises(UserError, match=r"decoding.json: no such file, .*run train-temporal again"):
+        evaluate(mode="causal")
+    assert "identity_sha256" in evaluate()[0]

@@ -448,7 +448,7 @@ def test_the_decoding_is_fitted_once_and_changes_no_training(train: Any, tmp_pat
     fitted = path.read_bytes()
     content = json.loads(fitted)
     assert (len(content["train"]), len(content["val"]), content["fps"]) == (6, 2, 1.0)
-    assert content["tracks"]["phases"]["after"]["accuracy"] > 0
+    assert content["tracks"]["phases"]["causal"]["accuracy"] > 0
     path.unlink()  # as in a run of an earlier version: the same command writes it, without training again
     decoded = {"epochs": 1, "baseline": False, "decoding": {"mode": "causal", "lag_s": 3}}
     assert train(temporal=decoded)["seconds"] == first["seconds"]

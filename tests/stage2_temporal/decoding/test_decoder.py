@@ -16,10 +16,15 @@ from stage2_temporal.decoding.fitted import TrackDecoding
 from stage2_temporal.decoding.graph import learn_graph
 
 GRAPH = learn_graph([np.repeat([0, 1, 2, 1], [30, 12, 50, 9]), np.repeat([0, 2], [25, 40])], 3, 1.0)
-FITTED = TrackDecoding(classes=("a", "b", "c"), temperature=1.7, kappa=0.3, alpha=0.5, min_duration_s=3.0, graph=GRAPH)
+FITTED = TrackDecoding(
+    classes=("a", "b", "c"), temperature=1.7, filter_kappa=0.3, viterbi_kappa=0.4, min_duration_s=3.0, graph=GRAPH
+)
 MODES = st.builds(
     DecodingConfig,
-    mode=st.sampled_from(["none", "calibrated", "causal"]),
+    mode=st.sampled_from(["none", "calibrated", "filter"]),
+) | st.builds(
+    DecodingConfig,
+    mode=st.just("causal"),
     lag_s=st.sampled_from([0.0, 1.0, 4.0]),
     min_duration_s=st.sampled_from([None, 0.0, 8.0]),
 )
@@ -70,12 +75,12 @@ def test_decoding_removes_flicker_and_a_temperature_changes_no_label() -> None:
     given_p = np.full((len(truth), 3), 0.2, np.float32)
     given_p[np.arange(len(truth)), truth] = 0.6
     given_p[[7, 60]] = [0.2, 0.2, 0.6], [0.6, 0.2, 0.2]
-    certain = replace(FITTED, kappa=1.0, alpha=0.0)
-    for mode in ("causal", "offline"):
+    certain = replace(FITTED, viterbi_kappa=1.0, filter_kappa=1.0)
+    for mode in ("filter", "causal", "offline"):
         labels, _ = decode(certain, DecodingConfig(mode=mode, min_duration_s=5.0), 1.0, given_p)
         changes = np.flatnonzero(np.diff(labels))
         assert labels[changes].tolist() == [0, 1]
-        assert np.abs(changes - [29, 44]).max() <= (20 if mode == "causal" else 1)
+        assert np.abs(changes - [29, 44]).max() <= (1 if mode == "offline" else 20)
     labels, values = decode(FITTED, DecodingConfig(mode="calibrated"), 1.0, given_p)
     np.testing.assert_array_equal(labels, given_p.argmax(axis=1))
     np.testing.assert_allclose(values[0], given_p[0] ** (1 / 1.7) / (given_p[0] ** (1 / 1.7)).sum(), rtol=1e-6)
@@ -84,7 +89,7 @@ def test_decoding_removes_flicker_and_a_temperature_changes_no_label() -> None:
 
 def test_certain_and_undefined_probabilities_are_decoded_without_a_warning() -> None:
     certain = np.eye(3, dtype=np.float32)[[0] * 20 + [2] * 20]
-    for mode in ("calibrated", "causal", "offline"):
+    for mode in ("calibrated", "filter", "causal", "offline"):
         labels, values = decode(FITTED, DecodingConfig(mode=mode), 1.0, certain)
         assert (labels[0], labels[-1]) == (0, 2)
         assert np.isfinite(values).all()
@@ -111,7 +116,9 @@ def test_cost_and_state_do_not_grow_with_the_video() -> None:
     assert len(decoder.finish()) == 3
 
 
-@pytest.mark.parametrize("changes", [{"lag_s": -1}, {"mode": "offline", "lag_s": 2}, {"min_duration_s": 1e9}])
+@pytest.mark.parametrize(
+    "changes", [{"lag_s": -1}, {"mode": "offline", "lag_s": 2}, {"mode": "filter", "lag_s": 2}, {"min_duration_s": 1e9}]
+)
 def test_impossible_settings_are_refused(changes: dict) -> None:
     with pytest.raises(ValueError, match=r"lag_s|min_duration_s"):
         DecodingConfig.model_validate({"mode": "causal", **changes})

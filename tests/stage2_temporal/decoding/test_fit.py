@@ -12,7 +12,7 @@ from scipy.special import softmax
 from configs.errors import UserError
 from engine.files import sha256_file
 from stage2_temporal.decoding.calibration import fit_temperature, log_probabilities, scaled
-from stage2_temporal.decoding.fit import USUAL, fit_track
+from stage2_temporal.decoding.fit import USUAL_KAPPA, USUAL_MIN_DURATION_S, fit_track
 from stage2_temporal.decoding.fitted import FittedDecoding, load_decoding
 
 CLASSES = ("a", "b", "c")
@@ -41,16 +41,17 @@ def test_parameters_are_chosen_on_validation_and_scores_recorded() -> None:
     train, val = [operation(seed)[0] for seed in range(4)], [operation(seed) for seed in (10, 11)]
     labels, probabilities = zip(*val, strict=True)
     found = fit_track(CLASSES, train, probabilities, labels, 1.0)
-    assert found.before
-    assert found.after
-    assert found.after.accuracy > found.before.accuracy
-    assert found.after.false_transitions_per_h < found.before.false_transitions_per_h / 4
+    assert found.undecoded
+    for one in (found.filter, found.causal):
+        assert one
+        assert one.accuracy > found.undecoded.accuracy
+        assert one.false_transitions_per_h < found.undecoded.false_transitions_per_h / 4
     assert found.temperature > 1.2
     mean = np.mean([(p.argmax(axis=1) == y).mean() for y, p in val])
-    assert found.before.accuracy == pytest.approx(100 * mean)
+    assert found.undecoded.accuracy == pytest.approx(100 * mean)
     assert found.graph == fit_track(CLASSES, train, probabilities[:1], labels[:1], 1.0).graph  # of training alone
     unlabelled = [np.full(len(labels[0]), -1), labels[1]]
-    assert fit_track(CLASSES, train, probabilities, unlabelled, 1.0).before.accuracy > 0  # type: ignore[union-attr]
+    assert fit_track(CLASSES, train, probabilities, unlabelled, 1.0).undecoded.accuracy > 0  # type: ignore[union-attr]
 
 
 def test_without_validation_labels_usual_parameters_are_taken() -> None:
@@ -58,9 +59,10 @@ def test_without_validation_labels_usual_parameters_are_taken() -> None:
     labels, probabilities = operation(9)
     for given in (([], []), ([probabilities], [np.full(len(labels), -1)])):
         found = fit_track(CLASSES, train, *given, 1.0)
-        assert (found.kappa, found.alpha, found.min_duration_s) == USUAL
+        assert found.filter_kappa == found.viterbi_kappa == USUAL_KAPPA
+        assert found.min_duration_s == USUAL_MIN_DURATION_S
         assert found.temperature == found.filter_temperature == found.smoother_temperature == 1
-        assert found.before is found.after is None
+        assert found.undecoded is found.filter is found.causal is None
 
 
 def test_a_higher_rate_gives_the_same_parameters_per_second() -> None:
@@ -103,10 +105,10 @@ def test_a_missing_or_foreign_file_is_refused_with_what_to_do(folder: Path) -> N
 @pytest.mark.parametrize(
     "damage",
     [
-        {"kappa": float("nan")},
-        {"kappa": -1},
+        {"filter_kappa": float("nan")},
+        {"viterbi_kappa": -1},
         {"temperature": 0},
-        {"alpha": "much"},
+        {"viterbi_kappa": "much"},
         {"min_duration_s": 1e12},
         {"graph": None},
         {"graph": {"initial": [1, 0]}},
