@@ -13,10 +13,19 @@ import yaml
 
 from configs.load import load_config
 from engine.files import read_json_object, write_json, write_text
-from evaluation.metrics.results import HEAD, METRICS_FILE, read_evaluation
+from evaluation.metrics.results import (
+    HEAD,
+    METRICS_FILE,
+    ByConvention,
+    Evaluation,
+    PhaseResults,
+    PooledScore,
+    read_evaluation,
+)
 
 PUBLISHED = Path(__file__).with_name("published_cholec80.yaml")
 OF_FRAMES = ("accuracy", "precision", "recall", "jaccard", "f1")
+BASELINES = ("frame", "majority")  # heads of every evaluation that the table leaves out
 TOOLS = ("map_pooled", "map_video")
 _TITLES = {"map_pooled": "mAP, frames pooled", "map_video": "mAP, mean over videos"}
 
@@ -56,28 +65,23 @@ def _row(runs: Runs, recipe: str, split: str) -> dict[str, Any]:
     wanted = runs.folders[recipe, split]
     done = [run for run in wanted if (run / "evaluate" / "test" / METRICS_FILE).exists()]
     found = [read_evaluation(run / "evaluate" / "test" / METRICS_FILE) for run in done]
-    phases = [one.phases.get(HEAD, {}) for one in found]
-    conventions = {
-        name: _over_seeds(
-            [
-                {metric: results[name].score(metric) for metric in results[name].metrics}
-                for results in phases
-                if name in results
-            ]
-        )
-        for name in runs.conventions
-    }
+    heads = dict.fromkeys(head for one in found for head in one.phases if head not in BASELINES)
     tools = [{name: getattr(one.tools, name) for name in TOOLS} for one in found if one.tools]
     return {
         "recipe": recipe,
-        "title": runs.titles[recipe] + (" (offline)" if any(map(_is_offline, done)) else ""),
+        "title": _title(runs.titles[recipe], found) + (" (offline)" if any(map(_is_offline, done)) else ""),
         "split": split,
         "seeds": len(done),
         "seeds_wanted": len(wanted),
         "stage_one": "once per split" if runs.shared[recipe] else "with every seed",
         "simulated": any(bool(one.simulated) for one in found),
         "test_videos": len(found[0].videos) if found else None,
-        "conventions": {name: scores for name, scores in conventions.items() if scores},
+        "conventions": _by_convention([one.phases.get(HEAD, {}) for one in found], runs.conventions),
+        "other_heads": {
+            head: _by_convention([one.phases.get(head, {}) for one in found], runs.conventions)
+            for head in heads
+            if head != HEAD
+        },
         "tools": _over_seeds(tools),
         "training_hours": [_training_hours(run) for run in done],
         "machines": sorted({machine for run in done for machine in _machines(run)}),
@@ -85,13 +89,36 @@ def _row(runs: Runs, recipe: str, split: str) -> dict[str, Any]:
     }
 
 
-def _over_seeds(of_seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _title(recipe: str, found: Sequence[Evaluation]) -> str:
+    """The recipe, and how its phases were decoded, if they were."""
+    decoded = dict.fromkeys(words for one in found if (words := getattr(one, "decoding_words", None)))
+    return ", ".join([recipe, *decoded])
+
+
+def _by_convention(phases: Sequence[ByConvention], conventions: Sequence[str]) -> dict[str, Any]:
+    """{convention: {metric: mean, std and values over seeds}} of the results of one head with each seed."""
+    table = {
+        name: _over_seeds([_values(results[name]) for results in phases if name in results]) for name in conventions
+    }
+    return {name: scores for name, scores in table.items() if scores}
+
+
+def _values(results: PhaseResults) -> dict[str, float | None]:
+    """The mean of each metric and, where there is one, the value of all videos pooled, as METRIC_pooled."""
+    values = {}
+    for metric in results.metrics:
+        score = results.score(metric)
+        values[metric] = score.mean if score else None
+        if isinstance(score, PooledScore):
+            values[f"{metric}_pooled"] = score.pooled
+    return values
+
+
+def _over_seeds(of_seeds: Sequence[Mapping[str, float | None]]) -> dict[str, Any]:
     """Mean and standard deviation (n - 1; null for one seed) of each metric over the seeds that have a value."""
     table = {}
     for metric in dict.fromkeys(name for one in of_seeds for name in one):
-        scores = [one.get(metric) for one in of_seeds]
-        values = [getattr(score, "mean", score) for score in scores]
-        values = [value for value in values if value is not None]
+        values = [value for one in of_seeds if (value := one.get(metric)) is not None]
         if values:
             spread = statistics.stdev(values) if len(values) > 1 else None
             table[metric] = {"mean": statistics.fmean(values), "std": spread, "values": values}
@@ -155,8 +182,14 @@ def _lines(rows: Sequence[Mapping[str, Any]], published: Sequence[Mapping[str, A
     ]
     if any(row["split"].count("/") == 1 for row in rows):
         lines += ["", "A split of two numbers has no validation videos: the last epoch is tested, none is chosen."]
-    for names, heading in ((OF_FRAMES, "Phases"), (None, "Phases, segments")):
-        lines += _phases(rows, names, heading)
+    results = [(row, label, scores) for row in rows for label, scores in _labelled(row)]
+    names = dict.fromkeys(name for _, _, scores in results for name in scores)
+    of_frames = [name for name in names if any("precision" in scores.get(name, {}) for _, _, scores in results)]
+    lines += _phases("Phases", results, of_frames, OF_FRAMES)
+    for name in names:
+        if name not in of_frames:
+            metrics = dict.fromkeys(metric for _, _, scores in results for metric in scores.get(name, {}))
+            lines += _phases(f"Phases: {name}", results, [name], tuple(metrics))
     lines += ["", "### Tools", "", _line("recipe", "split", *(_TITLES[name] for name in TOOLS)), _rule(2 + len(TOOLS))]
     lines += [_line(row["recipe"], row["split"], *_cells(row["tools"], TOOLS)) for row in rows if row["tools"]]
     return [*lines, *_published(published)]
@@ -175,19 +208,22 @@ def _about(row: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _phases(rows: Sequence[Mapping[str, Any]], names: Sequence[str] | None, heading: str) -> list[str]:
-    """The table of the conventions that compare frames (metrics `names`), or of those that compare segments (None)."""
-    chosen = [
-        (row, name, scores)
-        for row in rows
-        for name, scores in row["conventions"].items()
-        if ("precision" in scores) == (names is not None)
+def _labelled(row: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """The results of a row: of its own head, and of others beside it, such as the same head without decoding."""
+    others = [(f"{row['recipe']}, {head}", scores) for head, scores in row["other_heads"].items()]
+    return [(row["recipe"], row["conventions"]), *others]
+
+
+def _phases(heading: str, results: Sequence[Any], conventions: Sequence[str], metrics: Sequence[str]) -> list[str]:
+    """The table of some conventions with the same metrics; empty without results."""
+    lines = [
+        _line(label, row["split"], name, *_cells(scores[name], metrics))
+        for row, label, scores in results
+        for name in conventions
+        if name in scores
     ]
-    if not chosen:
-        return []
-    metrics = names or tuple(dict.fromkeys(metric for _, _, scores in chosen for metric in scores))
-    lines = ["", f"### {heading}", "", _line("recipe", "split", "convention", *metrics), _rule(3 + len(metrics))]
-    return lines + [_line(row["recipe"], row["split"], name, *_cells(scores, metrics)) for row, name, scores in chosen]
+    head = ["", f"### {heading}", "", _line("recipe", "split", "convention", *metrics), _rule(3 + len(metrics))]
+    return [*head, *lines] if lines else []
 
 
 def _published(published: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -82,6 +82,9 @@ def test_a_rehearsal_that_is_killed_resumes_and_is_started_again(program: Module
     assert ran == ["index", "index", *["train-joint", "evaluate"] * 2, "run", "train-temporal", "evaluate"]
     check_table(place / "out")
     before = files(place / "runs")
+    (place / "out/table.md").unlink()
+    assert start(program, place, *best, "--table") == (0, [])
+    assert (place / "out/table.md").exists()
     code, ran = start(program, place, *best)
     assert (code, ran) == (0, ["index", "index", *["train-joint"] * 2, "run", "train-temporal"])
     assert files(place / "runs") == before
@@ -93,7 +96,9 @@ def check_table(out: Path) -> None:
     for row in table["rows"]:
         assert row["simulated"]
         assert set(row["conventions"]) == set(CONVENTIONS.names())
-        for scores in [*row["conventions"].values(), row["tools"]]:
+        of_frames = [scores for scores in row["conventions"].values() if "precision" in scores]
+        assert len(of_frames) >= 5
+        for scores in [*of_frames, row["tools"]]:
             for score in scores.values():
                 assert len(score["values"]) == 2
                 assert 0 <= min(score["values"]) <= score["mean"] <= max(score["values"]) <= 100
@@ -108,6 +113,7 @@ def check_table(out: Path) -> None:
     assert text.startswith("**SIMULATED operations")
     assert f"| best_joint | {SPLIT} | relaxed_matlab | " in text
     assert "| DACAT |" in text
+    assert "### Phases: segmental\n\n| recipe | split | convention | accuracy | edit | f1@10 | f1@10_pooled |" in text
 
 
 def test_published_rows_name_their_source_and_what_they_can_be_compared_with(program: ModuleType) -> None:
@@ -185,6 +191,8 @@ def test_a_dry_run_prints_commands_that_the_presets_accept(
         assert str(config.data.root) == "/data"
     names = {tuple(one[one.index("--name") + 1 :][:1]) for one in commands if one[0] != "index"}
     assert len(names) == 24
+    assert program.main([*options, "--stage-one-per-seed"], never) == 0
+    assert "24 parts, 24 runs" in capsys.readouterr().out
     parts: list[str] = []
     for part in range(5):
         assert program.main([*options, "--part", f"{part}/5"], never) == 0
