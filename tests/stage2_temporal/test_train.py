@@ -411,7 +411,7 @@ def test_bad_features_leave_no_run_behind(train: Any, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("native_bf16")
 @pytest.mark.parametrize("mode", ["full", "chunked"])
-@pytest.mark.parametrize("name", ["lstm", "gru", "tcn", "linear", "ssm", "attention", "key_pooling"])
+@pytest.mark.parametrize("name", ["lstm", "gru", "tcn", "linear", "ssm", "attention", "key_pooling", "trans_svnet"])
 def test_every_head_runs_in_bf16(train: Any, mode: str, name: str) -> None:
     temporal = {"sequence": MODES[mode]["sequence"], "head": {"name": name}, "precision": "bf16", "epochs": 1}
     result = train(temporal=temporal | {"baseline": False})

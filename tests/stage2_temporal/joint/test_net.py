@@ -11,7 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.errors import UserError
-from configs.head_settings import AttentionHead, GruHead, KeyPoolingHead, LinearHead, LstmHead, SsmHead, TcnHead
+from configs.head_settings import (
+    AttentionHead,
+    GruHead,
+    KeyPoolingHead,
+    LinearHead,
+    LstmHead,
+    SsmHead,
+    TcnHead,
+    TransSvnetHead,
+)
 from configs.schema import Config, JointNetConfig
 from stage1_cnn.encoders.backbone import build_backbone
 from stage2_temporal.joint.net import (
@@ -65,6 +74,7 @@ def test_cl_is_the_published_net_written_out() -> None:
         LinearHead(name="linear"),
         AttentionHead(name="attention", width=8, heads=2, window=3),
         KeyPoolingHead(name="key_pooling", width=8, heads=2, window=3),
+        TransSvnetHead(name="trans_svnet", layers=2, maps=4, window=3, width=8),
     ],
 )
 def test_any_causal_head_carries_state_from_clip_to_clip(head: Any) -> None:
