@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from evaluation.metrics.counts import FloatArray, IntArray
 
-LIMITS = (0.5, 5.0)  # of a head's temperature: one validation video must not make probabilities meaningless
+LIMITS = (0.5, 5.0)  # of a head's temperature: few validation videos must not make probabilities meaningless
 SMALLEST = float(np.finfo(np.float32).tiny)  # probabilities are clipped here before their logarithm is taken
 
 

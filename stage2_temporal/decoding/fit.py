@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from evaluation.metrics.counts import FloatArray, IntArray
 from evaluation.metrics.transitions import false_transitions_per_hour
-from stage2_temporal.decoding.calibration import fit_temperature, log_probabilities
+from stage2_temporal.decoding.calibration import LIMITS, fit_temperature, log_probabilities
 from stage2_temporal.decoding.fitted import TrackDecoding, ValidationScores
 from stage2_temporal.decoding.graph import learn_graph
 from stage2_temporal.decoding.inference import Chains, Viterbi, filtered, smoothed
@@ -18,6 +18,8 @@ from stage2_temporal.decoding.inference import Chains, Viterbi, filtered, smooth
 KAPPAS = (0.05, 0.1, 0.2, 0.5)
 MIN_DURATIONS_S = (0.0, 5.0, 15.0, 30.0)
 USUAL_KAPPA, USUAL_MIN_DURATION_S = 0.1, 5.0  # without validation videos
+# With one validation video, on which the best epoch was chosen too, probabilities are not made more certain.
+LIMITS_OF_ONE = (1.0, LIMITS[1])
 POSTERIOR_LIMITS = (0.5, 50.0)  # of the temperature of a posterior, which sums up evidence and so is far too certain
 TOLERANCE = 0.005  # settings with at most this much less accuracy than the best count as equally accurate
 
@@ -80,9 +82,10 @@ def fit_track(
     known = videos.labels >= 0
     if not known.any():
         return found
+    limits = LIMITS if len(videos.frames) > 1 else LIMITS_OF_ONE
     found = replace(
         found,
-        temperature=fit_temperature(videos.log_p[known], videos.labels[known]),
+        temperature=fit_temperature(videos.log_p[known], videos.labels[known], limits),
         undecoded=videos.scores(videos.log_p.argmax(axis=2)),
     )
     return _with_viterbi(_with_filter(found, videos), videos)

@@ -54,6 +54,13 @@ def test_parameters_are_chosen_on_validation_and_scores_recorded() -> None:
     assert fit_track(CLASSES, train, probabilities, unlabelled, 1.0).undecoded.accuracy > 0  # type: ignore[union-attr]
 
 
+def test_one_validation_video_makes_no_probability_more_certain() -> None:
+    train, val = [operation(0)[0]], [operation(seed, 0.3) for seed in (10, 11)]  # nearly always right, less certain
+    labels, probabilities = zip(*((one, 0.6 * p + 0.4 / 3) for one, p in val), strict=True)
+    assert fit_track(CLASSES, train, probabilities[:1], labels[:1], 1.0).temperature == pytest.approx(1, abs=0.01)
+    assert fit_track(CLASSES, train, probabilities, labels, 1.0).temperature == pytest.approx(0.5, abs=0.01)
+
+
 def test_without_validation_labels_usual_parameters_are_taken() -> None:
     train = [operation(seed)[0] for seed in range(2)]
     labels, probabilities = operation(9)
