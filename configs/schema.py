@@ -487,12 +487,15 @@ class DecodingConfig(Strict):
 class TemporalConfig(LoopConfig):
     """Stage two: training a phase model on sequences of embeddings."""
 
-    OMITTED = frozenset({"decoding"})
+    OMITTED = LoopConfig.OMITTED | {"decoding", "smoothing_weight"}
 
     head: HeadConfig = LstmHead()
     sequence: SequenceConfig = SequenceConfig()
     class_weighting: Literal["none", "inverse_frequency"] = "none"
     label_smoothing: float = Field(0.0, ge=0, lt=1)
+    smoothing_weight: float = Field(
+        0.0, ge=0, le=100, description="weight of MS-TCN's smoothing term (T-MSE; the paper's is 0.15)"
+    )
     standardise: bool = Field(
         True, description="standardise features by the mean and standard deviation of the training videos"
     )

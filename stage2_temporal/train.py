@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -29,7 +28,7 @@ from engine.device import choose_device, choose_precision, make_accelerator, req
 from engine.files import make_folder, sha256_file
 from engine.logs import METRICS_LOG, read_metrics
 from engine.memory import give_back_freed_memory, needs_gpu_memory
-from engine.processes import Processes, join, one_process
+from engine.processes import Processes, join
 from engine.progress import progress_bar, say
 from engine.runs import ABSENT, StageFolder, StageIdentity, settings_without
 from engine.session import TrainingSession
@@ -44,6 +43,7 @@ from stage2_temporal.data import Batch, FeatureBank, Span, TrainingData, epoch_b
 from stage2_temporal.fit_decoding import write_decoding
 from stage2_temporal.heads.base import build_head, detach_state, first_rows
 from stage2_temporal.heads.standardise import Standardise
+from stage2_temporal.loss import TracksLoss
 from stage2_temporal.model import PhaseModel
 from stage2_temporal.predict import FRAME_FOLDER, TemporalAbout, predict_spans
 
@@ -206,69 +206,6 @@ def _train_epoch(
         del output  # otherwise its hidden features would take up memory during the backward pass
         session.update(loss, partial(bank.names, batch))
     model.carried = ()
-
-
-class PhaseLoss:
-    """Cross-entropy over labelled frames, summed over a head's stages; 0 if no frame has a label.
-
-    It is the mean over the batch's labelled frames, weighted by class. With `inverse_frequency`, phase c has the weight
-    N / (P n_c), where n_c is the number of labelled training frames of phase c, N that of all phases, and P the number
-    of phases that occur. Phases that do not occur have weight 0. With several processes, `over_all` adds up the weights
-    of labelled frames over all of them, and each process returns its part of the mean.
-    """
-
-    def __init__(
-        self, settings: schema.TemporalConfig, counts: Tensor, over_all: Callable[[Tensor], Tensor] = one_process
-    ) -> None:
-        """`counts` (C,) holds the number of labelled training frames of each phase."""
-        self.over_all = over_all
-        self.smoothing = settings.label_smoothing
-        self.weight = torch.ones(len(counts), device=counts.device)
-        if settings.class_weighting == "inverse_frequency":
-            counts = counts.to(self.weight)
-            self.weight = counts.sum() / (counts > 0).sum() / counts
-            self.weight[counts == 0] = 0.0
-
-    def __call__(self, stages: Sequence[Tensor], phase: Tensor) -> Tensor:
-        """The loss, a scalar, of logits [(B, T, C), ...] per stage for phases (B, T), -1 = no label."""
-        target = phase.flatten()
-        labelled = target != NO_LABEL
-        total = self.over_all((self.weight[target.clamp(min=0)] * labelled).sum())
-        total = total.clamp(min=torch.finfo(self.weight.dtype).tiny)
-        summed = [
-            F.cross_entropy(
-                logits.flatten(0, 1).float(),
-                target,
-                weight=self.weight,
-                ignore_index=NO_LABEL,
-                reduction="sum",
-                label_smoothing=self.smoothing,
-            )
-            for logits in stages
-        ]
-        return torch.stack(summed).sum() / total
-
-
-class TracksLoss:
-    """The sum over label tracks of each track's `PhaseLoss`, with its own class weights and labelled frames."""
-
-    def __init__(
-        self,
-        settings: schema.TemporalConfig,
-        counts: Sequence[Tensor],
-        over_all: Callable[[Tensor], Tensor] = one_process,
-    ) -> None:
-        """`counts` holds the number of labelled training frames of each class, (C,) for each track."""
-        self.of_tracks = [PhaseLoss(settings, one, over_all) for one in counts]
-        self.widths = [len(one) for one in counts]
-
-    def __call__(self, stages: Sequence[Tensor], labels: Tensor) -> Tensor:
-        """The loss, a scalar, of logits [(B, T, C), ...] per stage for labels (L, B, T), -1 = no label."""
-        if len(self.widths) == 1:
-            return self.of_tracks[0](stages, labels[0])
-        by_track = zip(*(logits.split(self.widths, dim=-1) for logits in stages), strict=True)
-        losses = [loss(parts, one) for loss, parts, one in zip(self.of_tracks, by_track, labels, strict=True)]
-        return torch.stack(losses).sum()
 
 
 def score_of(tracks: Sequence[str]) -> str:

@@ -21,8 +21,8 @@ from stage2_temporal.heads.base import build_head
 from stage2_temporal.heads.standardise import Standardise
 from stage2_temporal.joint.loss import JointLoss
 from stage2_temporal.joint.net import JointOutput, build_joint
+from stage2_temporal.loss import PhaseLoss, TracksLoss
 from stage2_temporal.model import PhaseModel
-from stage2_temporal.train import PhaseLoss, TracksLoss
 from tests.waits import GPU, Waits, faked, noted_waits
 
 TOOLS, PHASES, SIZE = 3, 4, 32
@@ -115,7 +115,7 @@ def test_a_step_of_stage_two_does_not_wait(name: str, lengths: list[int]) -> Non
             (Span(0, frames),),
             ("video01",),
         )
-        criterion = TracksLoss(schema.TemporalConfig(), [torch.ones(PHASES, device=GPU)] * 2)
+        criterion = TracksLoss(schema.TemporalConfig(smoothing_weight=0.1), [torch.ones(PHASES, device=GPU)] * 2)
         waits.clear()
         x, labels = bank.gather(batch)
         output = model(x, None, batch.lengths)

@@ -22,8 +22,8 @@ from features.sealed_hdf5 import seal
 from features.store import read_features
 from stage2_temporal.data import read_training_data
 from stage2_temporal.evaluate import evaluate_run
+from stage2_temporal.loss import PhaseLoss, TracksLoss
 from stage2_temporal.predict import OnlinePredictor, load_temporal, predict_phases
-from stage2_temporal.train import PhaseLoss, TracksLoss
 from tests.stage2_temporal.test_train import DROPOUT, LEARN, StopAfter, require_same, weights
 from tests.stage2_temporal.toy import cue_video, write_folder
 

@@ -20,9 +20,9 @@ from configs.schema import SequenceConfig, TemporalConfig
 from engine.checkpoints import load_checkpoint
 from engine.logs import read_metrics
 from engine.stopping import Stopped, StopRequest
-from stage2_temporal.data import FeatureBank, Span, epoch_batches, read_training_data
+from stage2_temporal.data import epoch_batches, read_training_data
 from stage2_temporal.predict import load_temporal, predict_phases
-from stage2_temporal.train import PhaseLoss, count_labels, require_arithmetic
+from stage2_temporal.train import require_arithmetic
 from tests.onednn import cpu_with_bf16
 from tests.stage2_temporal.toy import cue_video, write_folder
 
@@ -349,41 +349,6 @@ def test_without_validation_the_last_epoch_is_kept(
     assert (result["val_accuracy"], result["best_epoch"], result["majority_val_accuracy"]) == (None, 1, None)
     best, last = weights(tmp_path / "run/temporal"), weights(tmp_path / "run/temporal", "last.pt")
     assert all(torch.equal(best[name], last[name]) for name in best)
-
-
-# ---------------------------------------------------------------------------------------------- the loss
-
-
-def test_loss_is_the_mean_over_labelled_frames() -> None:
-    loss = PhaseLoss(TemporalConfig(), torch.tensor([3, 1, 0]))
-    logits, phase = torch.randn(2, 4, 3), torch.tensor([[0, 1, -1, -1], [2, -1, 1, 0]])
-    chosen = [F.cross_entropy(logits[i, t], phase[i, t]) for i in range(2) for t in range(4) if phase[i, t] >= 0]
-    torch.testing.assert_close(loss([logits], phase), torch.stack(chosen).mean())
-    other = torch.randn(2, 4, 3)
-    torch.testing.assert_close(loss([logits, other], phase), loss([logits], phase) + loss([other], phase))
-
-
-def test_no_label_no_loss_and_no_nan() -> None:
-    logits = torch.randn(1, 2, 3, requires_grad=True)
-    value = PhaseLoss(TemporalConfig(), torch.ones(3))([logits], torch.full((1, 2), -1))
-    value.backward()
-    assert float(value.detach()) == 0.0
-    assert logits.grad is not None
-    assert not logits.grad.any()
-
-
-@pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_inverse_frequency(smoothing: float) -> None:
-    phases = torch.tensor([0, 0, 0, 2, -1, 0])
-    bank = FeatureBank(torch.zeros(6, 2), phases[None], (Span(0, 6),), ("v",))
-    counts = count_labels(bank, bank.spans, 0, 4)
-    assert counts.tolist() == [4, 0, 1, 0]
-    settings = TemporalConfig(class_weighting="inverse_frequency", label_smoothing=smoothing)
-    loss = PhaseLoss(settings, counts)
-    assert loss.weight.tolist() == pytest.approx([5 / (2 * 4), 0, 5 / (2 * 1), 0])
-    logits, phase = torch.randn(1, 3, 4), torch.tensor([[0, 2, -1]])
-    reference = torch.nn.CrossEntropyLoss(weight=loss.weight, ignore_index=-1, label_smoothing=smoothing)
-    torch.testing.assert_close(loss([logits], phase), reference(logits[0], phase[0]))
 
 
 def test_a_loss_that_is_not_finite_names_the_videos(train: Any, tmp_path: Path) -> None:
