@@ -89,6 +89,7 @@ bench: $(STAMP) ## measure what docs/performance.md quotes and needs no data of 
 	$(BIN)/python benchmarks/store.py --json artifacts/bench/store.json
 	$(BIN)/python benchmarks/temporal.py --json artifacts/bench/temporal.json
 	$(BIN)/python benchmarks/checkpointing.py --json artifacts/bench/checkpointing.json
+	$(BIN)/python benchmarks/clip_memory.py --json artifacts/bench/clip_memory.json
 	$(BIN)/python benchmarks/recurrence.py --json artifacts/bench/recurrence.json
 	$(BIN)/python benchmarks/heads.py --json artifacts/bench/heads.json
 	$(BIN)/python benchmarks/loader.py --json artifacts/bench/loader.json

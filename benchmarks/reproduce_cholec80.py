@@ -38,6 +38,7 @@ from features.dataset.index import Index
 
 Stage = Callable[[Sequence[str], StopRequest], int]  # runs one command of pipeline.py; returns its exit code
 PARTLY = 1  # exit code of a command that has left videos out
+MOST_SEEDS = 100
 OWN_KEYS = ("data.root", "data.index", "data.split.rule", "runs", "seed")
 NO_SPLIT = "null"  # data.split.rule: the data set's usual split, or none if there are too few videos
 
@@ -188,8 +189,8 @@ def _read(options: argparse.Namespace) -> Plan:
         raise UserError("--root: name the folder of Cholec80's videos: make reproduce-cholec80 ROOT=DIR")
     if not Path(root).is_dir() and not options.dry_run:
         raise UserError(f"--root: {root} is not a folder")
-    if options.seeds < 1:
-        raise UserError(f"--seeds: {options.seeds} is not a number of seeds; give 1 or more")
+    if not 1 <= options.seeds <= MOST_SEEDS:
+        raise UserError(f"--seeds: {options.seeds} is not a number of seeds from 1 to {MOST_SEEDS}")
     recipes = _names("--recipes", options.recipes, tuple(RECIPES))
     known = tuple(CONVENTIONS.names())
     common, own = _settings([*_from_file(options.settings), *options.sets])

@@ -141,6 +141,8 @@ def test_published_rows_name_their_source_and_what_they_can_be_compared_with(pro
         (["--conventions", "relaxed"], "--conventions: 'relaxed' is not one of "),
         (["--splits", "4/2,4/2"], "--splits: 4/2,4/2: a name occurs twice"),
         (["--seeds", "0"], "--seeds: 0 is not a number of seeds"),
+        (["--seeds", "999999999999"], "--seeds: 999999999999 is not a number of seeds"),
+        (["--settings", "nowhere.yaml"], "nowhere.yaml: "),
         (["--part", "2/2"], "--part 2/2: expected I/N"),
         (["--set", "seed=3"], "--set seed=3: seed is set for each run"),
         (["--set", "best:cnn.epochs=3"], "--set best:cnn.epochs=3: expected KEY=VALUE"),
