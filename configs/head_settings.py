@@ -166,7 +166,7 @@ class CausalAttentionSettings(Strict):
     window: int = Field(
         256, ge=1, le=16384, description="number of frames that a layer attends to, the current one too"
     )
-    dropout: float = Field(0.3, ge=0, lt=1)
+    dropout: float = Field(0.2, ge=0, lt=1)
 
     @model_validator(mode="after")
     def _divides_into_pairs(self) -> CausalAttentionSettings:

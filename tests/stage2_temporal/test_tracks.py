@@ -30,7 +30,7 @@ from tests.stage2_temporal.toy import cue_video, write_folder
 BOTH = {"tracks": ["phases", "steps"]}
 TCN = {"name": "tcn", "stages": 2, "layers": 4, "maps": 12, "dropout": 0.0}
 ATTENTION = {"name": "attention", "width": 8, "heads": 2, "window": 12}
-KEY_POOLING = {"name": "key_pooling", "width": 32, "heads": 2, "window": 24}
+KEY_POOLING = {"name": "key_pooling", "width": 32, "heads": 2, "window": 24, "dropout": 0.2}
 CHUNKED = {"sequence": {"mode": "chunked", "frames": 16, "batch": 3}}
 # Small settings of every head, by name.
 HEADS: dict[str, dict[str, Any]] = {

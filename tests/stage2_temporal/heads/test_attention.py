@@ -111,7 +111,7 @@ def test_the_equations(kind: str, window: int) -> None:
     pooled=st.booleans(),
     alone=st.booleans(),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_any_window_and_any_chunks(window: int, cuts: list[int], pooled: bool, alone: bool) -> None:
     """Windows shorter and longer than chunks and videos; `alone`: the first chunk is read frame by frame."""
     given_: Any = {"window": window, **SMALL, "layers": 1}
@@ -129,7 +129,7 @@ def test_any_window_and_any_chunks(window: int, cuts: list[int], pooled: bool, a
 
 
 @given(frames=st.integers(1, 20), slots=st.integers(0, 6), real=st.integers(0, 6), window=st.integers(1, 7))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_the_mask(frames: int, slots: int, real: int, window: int) -> None:
     slots = window - 1 if frames > window else min(slots, window - 1)
     real = min(real, slots)
