@@ -487,7 +487,7 @@ class DecodingConfig(Strict):
 class TemporalConfig(LoopConfig):
     """Stage two: training a phase model on sequences of embeddings."""
 
-    OMITTED = LoopConfig.OMITTED | {"decoding", "smoothing_weight"}
+    OMITTED = LoopConfig.OMITTED | {"decoding", "smoothing_weight", "transition_weight", "transition_seconds"}
 
     head: HeadConfig = LstmHead()
     sequence: SequenceConfig = SequenceConfig()
@@ -495,6 +495,12 @@ class TemporalConfig(LoopConfig):
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     smoothing_weight: float = Field(
         0.0, ge=0, le=100, description="weight of MS-TCN's smoothing term (T-MSE; the paper's is 0.15)"
+    )
+    transition_weight: float = Field(
+        0.0, ge=0, le=100, description="how much more a frame at a transition counts than one far from any"
+    )
+    transition_seconds: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = Field(
+        (2.0, 13.0), description="with transition_weight: standard deviations of the additional weight before and after"
     )
     standardise: bool = Field(
         True, description="standardise features by the mean and standard deviation of the training videos"

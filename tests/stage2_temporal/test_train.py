@@ -187,7 +187,7 @@ def test_twice_is_the_same(train: Any, tmp_path: Path) -> None:
 )
 def test_resumed_equals_uninterrupted(train: Any, tmp_path: Path, mode: str, every: int) -> None:
     settings = MODES[mode] | (DROPOUT if mode != "chunked" or every != 3 else {})
-    settings |= {"ema_decay": 0.5} if mode == "chunked" else {}
+    settings |= {"ema_decay": 0.5, "transition_weight": 2.0, "smoothing_weight": 0.1} if mode == "chunked" else {}
     whole = train("whole", settings)
     starts = 0
     while True:
