@@ -8,7 +8,7 @@ that other programs disturb them little; on a GPU, they are wall times, with the
 - `parameters`: how many the head has, without the standardisation.
 - `frames_per_s`: frames per second of training: forward and backward pass and a step of AdamW, on a batch of
   `--videos` whole videos of `--frames` frames, in fp32 and training mode. The median of `--repeat` steps after one that
-  does not count. `ratio_to_lstm` divides it by the rate of the head `lstm`, if this is measured too.
+  does not count. `ratio_to_lstm` divides it by the rate of the head `lstm`, if this is measured first, as by default.
 - `memory_mb`: by how much the peak memory during these steps exceeds the memory before the head was built, in MB of
   10^6 bytes: weights, gradients, moments of the optimiser and activations. On a GPU, the peak of allocated memory.
 - `state_bytes`, `state_bytes_early`: the size of the state of one video after `--late` and after `--early` frames.
@@ -48,6 +48,7 @@ from stage2_temporal.heads.standardise import Standardise
 from stage2_temporal.model import PhaseModel
 
 PHASES, CHUNK = 7, 1000
+COLUMNS = ("parameters", "frames_per_s", "ratio_to_lstm", "memory_mb", "state_bytes", "step_ms", "step_ratio")
 QUICK = {"videos": 2, "frames": 200, "width": 64, "early": 100, "late": 2000, "steps": 10, "repeat": 1}
 
 
@@ -59,18 +60,17 @@ def main() -> None:
     if given.one:
         print(json.dumps(measured(given.one, given)))
         return
-    names = given.heads.split(",") if given.heads else sorted(HEADS.names())
-    heads = {name: in_own_process(name, given) for name in names}
-    for found in heads.values():
-        found["ratio_to_lstm"] = (
-            rounded(found["frames_per_s"] / heads["lstm"]["frames_per_s"]) if "lstm" in heads else None
-        )
+    names = given.heads.split(",") if given.heads else sorted(HEADS.names(), key=lambda name: (name != "lstm", name))
+    heads: dict[str, dict[str, Any]] = {}
+    print(line("head", dict(zip(COLUMNS, COLUMNS, strict=True))), flush=True)
+    for name in names:
+        found = heads[name] = in_own_process(name, given)
+        lstm = heads.get("lstm")
+        found["ratio_to_lstm"] = rounded(found["frames_per_s"] / lstm["frames_per_s"]) if lstm else None
+        print(line(name, found), flush=True)
     sizes = {key: getattr(given, key) for key in QUICK}
-    say(
-        {"heads": heads, **sizes, "device": given.device, "cores": CORES, "threads": torch.get_num_threads()},
-        given.json,
-    )
-    print(table(heads))
+    threads = torch.get_num_threads()
+    say({"heads": heads, **sizes, "device": given.device, "cores": CORES, "threads": threads}, given.json)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -189,15 +189,11 @@ def rounded(value: float) -> float:
     return round(value, 3)
 
 
-def table(heads: dict[str, dict[str, Any]]) -> str:
-    """The figures as lines of text."""
-    columns = ("parameters", "frames_per_s", "ratio_to_lstm", "memory_mb", "state_bytes", "step_ms", "step_ratio")
-    lines = [f"{'head':<12}" + "".join(f"{column:>15}" for column in columns)]
-    for name, found in heads.items():
-        missing = "offline" if found["offline"] else "-"
-        cells = (found.get(column) for column in columns)
-        lines.append(f"{name:<12}" + "".join(f"{missing if cell is None else cell:>15}" for cell in cells))
-    return "\n".join(lines)
+def line(name: str, found: dict[str, Any]) -> str:
+    """One line of the table."""
+    missing = "offline" if found.get("offline") else "-"
+    cells = (found.get(column) for column in COLUMNS)
+    return f"{name:<12}" + "".join(f"{missing if cell is None else cell:>15}" for cell in cells)
 
 
 if __name__ == "__main__":

@@ -47,12 +47,12 @@ def test_the_benchmark_of_heads_measures_every_kind(monkeypatch: pytest.MonkeyPa
     heads = importlib.import_module("heads")
     given = heads.parser().parse_args([])
     vars(given).update(videos=2, frames=6, width=5, early=3, late=7, steps=2, repeat=1)
-    found = {name: heads.measured(name, given) | {"ratio_to_lstm": None} for name in ("tcn", "linear")}
-    assert found["tcn"]["step_ratio"] > 0
-    assert found["tcn"]["state_bytes"] == found["tcn"]["state_bytes_early"] == 2 * 32 * 2 * 255 * 4
-    assert found["linear"]["state_bytes"] == 0
-    lines = heads.table(found | {"ahead": {"offline": True, "parameters": 3, "frames_per_s": 1.0, "memory_mb": 2.0}})
-    assert lines.splitlines()[-1].split()[-2:] == ["offline", "offline"]
+    tcn, linear = (heads.measured(name, given) for name in ("tcn", "linear"))
+    assert tcn["step_ratio"] > 0
+    assert tcn["state_bytes"] == tcn["state_bytes_early"] == 2 * 32 * 2 * 255 * 4
+    assert linear["state_bytes"] == 0
+    assert heads.line("tcn", tcn).split()[0] == "tcn"
+    assert heads.line("ahead", {"offline": True, "parameters": 3}).split()[-2:] == ["offline", "offline"]
 
 
 @pytest.mark.slow
