@@ -2,8 +2,9 @@
 
     python benchmarks/heads.py --json FILE [--repeat N] [--heads lstm,ssm] [--device cuda:0] [--quick]
 
-Features are random fp16 values. Every head is measured in a process of its own. On a CPU, times are processor times, so
-that other programs disturb them little; on a GPU, they are wall times, with the device synchronised.
+Features are random fp16 values. Every head is measured in a process of its own. On a CPU, one thread computes, and times
+are processor times, so that other programs disturb them little; on a GPU, they are wall times, with the device
+synchronised.
 
 - `parameters`: how many the head has, without the standardisation.
 - `frames_per_s`: frames per second of training: forward and backward pass and a step of AdamW, on a batch of
@@ -69,8 +70,7 @@ def main() -> None:
         found["ratio_to_lstm"] = rounded(found["frames_per_s"] / lstm["frames_per_s"]) if lstm else None
         print(line(name, found), flush=True)
     sizes = {key: getattr(given, key) for key in QUICK}
-    threads = torch.get_num_threads()
-    say({"heads": heads, **sizes, "device": given.device, "cores": CORES, "threads": threads}, given.json)
+    say({"heads": heads, **sizes, "device": given.device, "cores": CORES}, given.json)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -99,6 +99,7 @@ def in_own_process(name: str, given: argparse.Namespace) -> dict[str, Any]:
 def measured(name: str, given: argparse.Namespace) -> dict[str, Any]:
     """All figures of one head."""
     torch.manual_seed(0)
+    torch.set_num_threads(1)
     device = torch.device(given.device)
     x = torch.randn(given.videos, given.frames, given.width).half().to(device)
     labels = torch.randint(PHASES, (given.videos, given.frames)).to(device)

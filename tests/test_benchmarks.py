@@ -44,6 +44,7 @@ def test_a_benchmark_names_a_run_only_for_commands_that_have_one(path: Path) -> 
 def test_the_benchmark_of_heads_measures_every_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     """A causal head and one without state, at tiny sizes, in this process."""
     monkeypatch.syspath_prepend(str(PROJECT / "benchmarks"))
+    monkeypatch.setattr("torch.set_num_threads", lambda count: None)  # which would hold for later tests as well
     heads = importlib.import_module("heads")
     given = heads.parser().parse_args([])
     vars(given).update(videos=2, frames=6, width=5, early=3, late=7, steps=2, repeat=1)
