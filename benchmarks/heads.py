@@ -2,8 +2,8 @@
 
     python benchmarks/heads.py --json FILE [--repeat N] [--heads lstm,ssm] [--device cuda:0] [--quick]
 
-Features are random fp16 values. Every head is measured in a process of its own. On a CPU, one thread computes, and times
-are processor times, so that other programs disturb them little; on a GPU, they are wall times, with the device
+Features are random fp16 values. Every head is measured in a process of its own. On a CPU, one thread computes, and
+times are processor times, so that other programs disturb them little; on a GPU, they are wall times, with the device
 synchronised.
 
 - `parameters`: how many the head has, without the standardisation.
