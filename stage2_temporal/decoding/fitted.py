@@ -52,7 +52,7 @@ class TrackDecoding(Record):
 
     def emissions(self, log_p: FloatArray, fps: float, kappa: float) -> FloatArray:
         """The log-emissions (..., C) of the head's log-probabilities (..., C) of frames at `fps`."""
-        found: FloatArray = kappa / fps * log_probabilities(scaled(log_p, self.temperature))
+        found: FloatArray = min(1.0, kappa / fps) * log_probabilities(scaled(log_p, self.temperature))
         return found
 
     def check(self, classes: Sequence[str]) -> None:
