@@ -91,7 +91,7 @@ def _row(runs: Runs, recipe: str, split: str) -> dict[str, Any]:
 
 def _title(recipe: str, found: Sequence[Evaluation]) -> str:
     """The recipe, and how its phases were decoded, if they were."""
-    decoded = dict.fromkeys(words for one in found if (words := getattr(one, "decoding_words", None)))
+    decoded = dict.fromkeys(words for one in found if (words := one.decoding_words))
     return ", ".join([recipe, *decoded])
 
 
