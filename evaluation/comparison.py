@@ -31,7 +31,11 @@ from evaluation.reports.tables import difference_table
 # Only in this convention, a model's result is the mean of its results on single videos, so that the mean difference
 # over videos is the difference between the models.
 DEFAULT_CONVENTION = "video_macro"
-_COUNTS = ("frames", "segments_truth", "segments_predicted")
+_COUNTS = (
+    "frames",
+    *(f"segments_{kind}" for kind in ("truth", "predicted")),
+    *(f"transitions_{kind}" for kind in ("truth", "predicted", "missed", "false")),
+)
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ class ComparisonAbout(Record):
 
     convention: str
     title: str
-    unit: str = "percent points"
+    unit: str
     split: str | None
     fps: float | None
     absent_phase: str
@@ -122,8 +126,9 @@ def compare_models(
     """Compare the first of `names` with each of the others, print tables, and write the result as JSON to `out` if
     given.
 
-    Differences are first - second in percentage points. With `metrics=None`, all metrics are compared that the
-    convention has per video. Raises UserError if models were not evaluated on the same frames.
+    Differences are first - second, in percentage points unless the convention has another unit. With
+    `metrics=None`, all metrics are compared that the convention has per video. Raises UserError if models were not
+    evaluated on the same frames.
     """
     from rich.console import Console
 
@@ -307,6 +312,7 @@ def _about(models: Sequence[Model], convention: str, tests: int) -> ComparisonAb
     return ComparisonAbout(
         convention=convention,
         title=CONVENTIONS.find(convention).title,
+        unit="percent points" if about.unit == "percent" else about.unit,
         split=about.split,
         fps=about.fps,
         absent_phase=CONVENTIONS.find(convention).absent_phase,

@@ -25,7 +25,7 @@ from evaluation.metrics.counts import NO_PREDICTION
 from evaluation.metrics.phases import chosen_conventions, evaluate_phases, unavailable_conventions
 from evaluation.metrics.results import PhaseResults
 from evaluation.metrics.statistics import bootstrap_intervals
-from evaluation.reports.tables import conventions_table, intervals_table, phase_table, segment_table
+from evaluation.reports.tables import conventions_table, intervals_table, others_table, phase_table
 from features.dataset.phase_order import describe_order, parse_phase_order
 
 _LONGEST_S = 24 * 3600.0
@@ -56,7 +56,8 @@ class Paired:
     """Truth and prediction (T,) of each video at `fps` (None if the rate is not known).
 
     `about` is recorded in every result, and `notes` are printed. Where the truth has a label and the files have no
-    prediction, the prediction is NO_PREDICTION.
+    prediction, the prediction is NO_PREDICTION. `scores` are the probabilities (T, C), if all files of predictions have
+    them.
     """
 
     truth: Tracks
@@ -64,6 +65,7 @@ class Paired:
     fps: float | None
     about: Mapping[str, Any]
     notes: Sequence[str]
+    scores: Mapping[str, NDArray[np.float64]] | None = None
 
 
 def evaluate_folder(
@@ -100,18 +102,20 @@ def score_folder(
     """Score a folder of predictions like `evaluate_folder`, and return the results and notes without printing them."""
     background = tuple(dict.fromkeys((*spec.background, *reading.background)))
     pairs = read_pairs(predictions, reading, spec)
-    names = chosen_conventions(conventions, spec.phases, pairs.fps)
-    left_out = unavailable_conventions(spec.phases, pairs.fps) if conventions is None else {}
     truth, predicted, fps = pairs.truth, pairs.predicted, pairs.fps
-    results = evaluate_phases(truth, predicted, spec.phases, fps, names, split=split, background=background)
-    intervals = bootstrap_intervals(truth, predicted, spec.phases, fps, names, background=background).overall
+    known: dict[str, Any] = {"background": background, "scores": pairs.scores}
+    names = chosen_conventions(conventions, spec.phases, fps, pairs.scores is not None)
+    left_out = unavailable_conventions(spec.phases, fps, pairs.scores is not None) if conventions is None else {}
+    results = evaluate_phases(truth, predicted, spec.phases, fps, names, split=split, **known)
+    intervals = bootstrap_intervals(truth, predicted, spec.phases, fps, names, **known).overall
     results = {
         name: replace(result, intervals=intervals[name], about=replace(result.about, files=pairs.about))
         for name, result in results.items()
     }
     notes = list(pairs.notes)
-    if left_out:
-        notes.append(f"{' and '.join(left_out)}: left out, for {next(iter(left_out.values()))}")
+    for reason in dict.fromkeys(left_out.values()):
+        those = [name for name, why in left_out.items() if why == reason]
+        notes.append(f"{' and '.join(those)}: left out, for {reason}")
     without = next(iter(results.values())).about.videos_without_labels
     if without:
         notes.append(f"videos not counted, since their ground truth has no labels: {listed(without, 10)}")
@@ -136,9 +140,8 @@ def print_results(results: Mapping[str, PhaseResults]) -> None:
         console.print(conventions_table(results))
         console.print(intervals_table(results))
         console.print(phase_table(results, of_frames[0]))
-    for name, result in results.items():
-        if not result.of_frames:
-            console.print(segment_table(results, name))
+    if len(of_frames) < len(results):
+        console.print(others_table(results))
 
 
 # ---------------------------------------------------------------------------------------------- pairing
@@ -166,6 +169,7 @@ def read_pairs(predictions: Path, reading: Reading, spec: DataSetSpec) -> Paired
     skip = int(reading.skip_first_row)
     truth = {video: pair.rows.truth[skip:] for video, pair in pairs.items()}
     predicted = {video: pair.rows.predicted[skip:] for video, pair in pairs.items()}
+    scores = {video: found[skip:] for video, pair in pairs.items() if (found := pair.scores) is not None}
     holes = {v: int(((truth[v] >= 0) & (predicted[v] == NO_PREDICTION)).sum()) for v in truth}
     holes = {video: count for video, count in holes.items() if count}
     numbered = any(file.numbered for pair in pairs.values() for file in (pair.true, pair.guess))
@@ -191,7 +195,7 @@ def read_pairs(predictions: Path, reading: Reading, spec: DataSetSpec) -> Paired
             "files left out, since they are in only one folder or empty: "
             f"{listed([str(path) for path in left_out], 10)}"
         )
-    paired = Paired(truth, predicted, fps, about, notes)
+    paired = Paired(truth, predicted, fps, about, notes, scores if len(scores) == len(pairs) else None)
     return replace(paired, notes=[*notes, *_notes(pairs, paired, reading, spec)])
 
 
@@ -201,6 +205,13 @@ class _Pair(NamedTuple):
     true: PhaseFile
     guess: PhaseFile
     rows: Matched
+
+    @property
+    def scores(self) -> NDArray[np.float64] | None:
+        """The probabilities (T, C) of the compared rows, 0 where there is no prediction; None without any."""
+        if self.guess.scores is None:
+            return None
+        return np.where(self.rows.predicted[:, None] >= 0, self.guess.scores[self.rows.row], 0.0)
 
 
 def _unpaired(

@@ -28,7 +28,7 @@ from evaluation.files.predictions import PredictionFile
 from evaluation.files.truth import Truth
 from evaluation.reports.gather import EVALUATE_FOLDER, RunResults, find_run, gather
 from evaluation.reports.paper_figures import sample_edges_s
-from evaluation.reports.plotly_figures import clock
+from evaluation.reports.plotly_base import clock
 from features.annotation_files.eaf import eaf_text
 from features.annotation_files.intervals import DEFAULT_TRACK, Interval, Losses, VideoAnnotations
 from features.annotation_files.label_studio import label_studio_config, label_studio_tasks

@@ -33,7 +33,7 @@ from evaluation.metrics.tools import choose_thresholds, evaluate_tools, sigmoid
 from evaluation.reports.model_card import write_model_card
 from evaluation.reports.paper_figures import phase_ribbons
 from evaluation.reports.summary import summarise, summarise_tracks, update_summary, used_videos
-from evaluation.reports.tables import comparison_table, phase_table, tool_table
+from evaluation.reports.tables import comparison_table, events_table, phase_table, tool_table
 from features.dataset.index import Index
 from features.dataset.labels import unlabelled_note
 from features.ids import file_stem, natural_key
@@ -219,10 +219,10 @@ def score_and_write(
             **{track: [name for name in truth.videos if name not in without[track]] for track in others},
         },
         videos_without_labels=without if spec.tools else {**without, "tools": []},
-        tracks={name: _phase_results(own, one.phases(own), offline) for name, (own, one) in others.items()} or None,
+        tracks={n: _phase_results(own, one, one.phases(own), offline) for n, (own, one) in others.items()} or None,
         left_out=truth.index.left_out_records(),
         convention=MAIN_CONVENTION,
-        phases=_phase_results(truth, phases, offline),
+        phases=_phase_results(truth, predicted, phases, offline),
         tools=tools,
         identity_sha256=identity_sha256,
         encoder=encoder,
@@ -241,9 +241,12 @@ def score_and_write(
 
 
 def _phase_results(
-    truth: GroundTruth, phases: Mapping[str, Mapping[str, NDArray[np.int8]]], offline: Collection[str]
+    truth: GroundTruth,
+    predicted: Predicted,
+    phases: Mapping[str, Mapping[str, NDArray[np.int8]]],
+    offline: Collection[str],
 ) -> dict[str, dict[str, PhaseResults]]:
-    """The results of each head under each convention; empty if no video has labels."""
+    """The results of each head under each convention, given its `phases`; empty if no video has labels."""
     spec, labels = truth.index.dataset, truth.phases
     return {
         head: evaluate_phases(
@@ -253,6 +256,7 @@ def _phase_results(
             truth.fps,
             split=truth.split,
             background=spec.background,
+            scores=predicted.probabilities.get(head),
             offline=head in offline,
         )
         for head, videos in phases.items()
@@ -321,6 +325,8 @@ def _print_tables(truth: GroundTruth, evaluation: Evaluation) -> None:
             console.print(comparison_table(heads, track=track if evaluation.tracks else None))
             if HEAD in heads:
                 console.print(phase_table(heads[HEAD], track=track))
+            if any("transitions" in results for results in heads.values()):  # not in files of earlier versions
+                console.print(events_table(heads, track=track if evaluation.tracks else None))
         else:
             what = "phase" if track == MAIN_TRACK else track
             say(f"note: no {what} labels in these videos, so no {what} metrics")

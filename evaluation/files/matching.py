@@ -30,7 +30,8 @@ class Matched:
 
     `fps` is the rate of these rows, or None if it is unknown. `fps_from` says where the rate comes from: `time_s` (a
     column of seconds), `frame numbers` or `--prediction-fps`. `how` says how rows were matched: `row by row`, `by frame
-    number` or `by rate`. `unscored` is the number of predictions for frames before or after the ground truth.
+    number` or `by rate`. `row` (T,) is the row of the prediction's file for each of the rows, or any where there is
+    none. `unscored` is the number of predictions for frames before or after the ground truth.
     """
 
     truth: NDArray[np.int16]
@@ -38,6 +39,7 @@ class Matched:
     fps: float | None
     fps_from: str | None
     how: str
+    row: NDArray[np.int64]
     unscored: int = 0
 
 
@@ -70,7 +72,8 @@ def match_rows(
     stated.sort(key=lambda one: one[1] != "time_s")  # time_s is more reliable than a rate inferred from frame numbers
     if stated and stated[0][1] == "frame numbers" and stated[0][0] < 0.999:  # the numbers may be milliseconds
         stated = []
-    return _matched(truth.phase, predicted.phase, stated[0] if stated else None, "row by row")
+    rows = np.arange(len(predicted.phase))
+    return _matched(truth.phase, predicted.phase, stated[0] if stated else None, "row by row", rows)
 
 
 def stated_fps(file: PhaseFile, annotation_fps: float) -> tuple[float, str] | None:
@@ -88,11 +91,12 @@ def _matched(
     predicted: NDArray[np.int16],
     stated: tuple[float, str] | None,
     how: str,
+    row: NDArray[np.int64],
     unscored: int = 0,
 ) -> Matched:
     fps, fps_from = stated or (None, None)
     known = np.where(predicted < 0, np.int16(NO_PREDICTION), predicted)
-    return Matched(truth, known.astype(np.int16), fps, fps_from, how, unscored)
+    return Matched(truth, known.astype(np.int16), fps, fps_from, how, row, unscored)
 
 
 def _unmatched(truth: PhaseFile, predicted: PhaseFile, annotation_fps: float, why: str) -> UserError:
@@ -151,7 +155,7 @@ def _by_number(
     if off[(labels >= 0) & (guesses >= 0)].any() or max(absent, unscored) > allowed:
         raise _unmatched(truth, predicted, annotation_fps, why)
     stated = stated_fps(sparser, annotation_fps)
-    return _matched(labels[covered], guesses[covered], stated, "by frame number", unscored)
+    return _matched(labels[covered], guesses[covered], stated, "by frame number", row_p[covered], unscored)
 
 
 def _rows_of(numbers: NDArray[np.float64], grid: NDArray[np.float64], small: float) -> NDArray[np.int64]:
@@ -178,7 +182,8 @@ def _by_rate(truth: PhaseFile, predicted: PhaseFile, annotation_fps: float, pred
     row_p = np.floor(sample * (prediction_fps / fps) + 1e-6).astype(np.int64) - _lead(predicted)
     unscored = max(int(rows_p * fps / prediction_fps) - count, 0)
     labels, guesses = _taken(truth.phase, row_t), _taken(predicted.phase, row_p)
-    return _matched(labels, guesses, (fps, "--prediction-fps"), "by rate", unscored)
+    inside = np.clip(row_p, 0, len(predicted.phase) - 1)
+    return _matched(labels, guesses, (fps, "--prediction-fps"), "by rate", inside, unscored)
 
 
 def _taken(phase: NDArray[np.int16], row: NDArray[np.int64]) -> NDArray[np.int16]:

@@ -37,6 +37,7 @@ _PHASE_WORDS = (_NAME_WORD, "phase", "phase_id", "label", "prediction", "predict
 _START_WORDS = ("start", "start_frame", "start_time", "start_s", "onset", "begin", "from")
 _MARKS = ("\t", ",", ";")
 _RECOGNITION = "###"  # the first characters of MS-TCN's recognition files
+_ROUNDING = 1e-3  # how far a row of probabilities may be from a sum of 1
 _NUMBER, _GAP = r"[0-9.:]+", r"[\t ,;]+"
 _SEGMENT = re.compile(rf"{_NUMBER}{_GAP}{_NUMBER}{_GAP}[^\W\d].*|[^\W\d].*?{_GAP}{_NUMBER}{_GAP}{_NUMBER}")
 
@@ -48,7 +49,8 @@ class PhaseFile:
     `phase` (T,) int16 is in the data set's order, with -1 for no label. `frame` (T,) float64 are rising numbers in the
     file's own unit, or None without such a column. `fps` is the rate of the rows if the file has a column of seconds.
     `numbered` says that the file contained ids or a column per phase, rather than names. `missing` is the number of
-    rows of `phase` and `frame` that were filled in because the frame numbers skip them.
+    rows of `phase` and `frame` that were filled in because the frame numbers skip them. `scores` (T, C) are the
+    probabilities in the data set's order, or None if the file has none; one-hot rows and logits are none.
     """
 
     path: Path
@@ -58,6 +60,7 @@ class PhaseFile:
     numbered: bool
     header: bool
     missing: int = 0
+    scores: NDArray[np.float64] | None = None
 
     @property
     def step(self) -> float | None:
@@ -132,10 +135,14 @@ def read_external_phases(path: Path, spec: DataSetSpec, order: Sequence[str] | N
     """
     header, rows, where = _table(path, spec)
     columns = _columns(where, header, rows, spec)
+    scores = None
     if isinstance(columns["phase"], tuple):
         phase, numbered = _phases(where, columns["phase"], spec, order or spec.phases)
+        if "scores" in columns:
+            values = _values(where, columns["scores"], phase >= 0)
+            scores = values if _are_probabilities(values[phase >= 0]) else None
     else:
-        phase, numbered = _of_scores(where, columns["phase"], spec, order), True
+        (phase, scores), numbered = _of_scores(where, columns["phase"], spec, order), True
     if "name" in columns:
         names, was_numbered = _phases(where, columns["name"], spec, order or spec.phases)
         if not (was_numbered or np.array_equal(names, phase)):
@@ -148,9 +155,10 @@ def read_external_phases(path: Path, spec: DataSetSpec, order: Sequence[str] | N
     time_s = _rising(where, columns["time_s"]) if "time_s" in columns else None
     given = len(phase)
     if frame is not None:
-        phase, frame = _with_missing_rows(where, phase, frame, time_s)
+        phase, frame, rows_of = _with_missing_rows(where, phase, frame, time_s)
+        scores = None if scores is None else scores[rows_of]
     fps = None if time_s is None or len(time_s) < 2 else 1.0 / _usual_step(np.diff(time_s))[0]
-    return PhaseFile(path, phase, frame, fps, numbered, header is not None, len(phase) - given)
+    return PhaseFile(path, phase, frame, fps, numbered, header is not None, len(phase) - given, scores)
 
 
 @dataclass(frozen=True)
@@ -255,7 +263,8 @@ def _score_columns(header: Sequence[str], spec: DataSetSpec) -> list[int]:
 def _columns(
     where: _Place, header: Sequence[str] | None, rows: Sequence[Sequence[str]], spec: DataSetSpec
 ) -> dict[str, Any]:
-    """Return the columns that are used: `phase` and, if they exist, `frame`, `time_s` and `name` (names next to ids).
+    """Return the columns that are used: `phase` and, if they exist, `frame`, `time_s`, `name` (names next to ids) and
+    `scores` (a `_Scores`, next to phases).
 
     `phase` is a tuple of cells, or a `_Scores` if there is one column per phase.
     """
@@ -273,6 +282,8 @@ def _columns(
     columns: dict[str, Any] = {
         "phase": table[header.index(ids[0])] if ids else _Scores([table[k] for k in scores], True)
     }
+    if ids and scores:
+        columns["scores"] = _Scores([table[k] for k in scores], True)
     if _NAME_WORD in candidates and ids != [_NAME_WORD]:
         columns["name"] = table[header.index(_NAME_WORD)]
     for word in _FRAME_WORDS:
@@ -305,12 +316,14 @@ class _Scores:
     named: bool
 
 
-def _of_scores(where: _Place, scores: _Scores, spec: DataSetSpec, order: Sequence[str] | None) -> NDArray[np.int16]:
-    """Return the id of each row's largest score, (T,), the first of equal ones; -1 for a one-hot row without a 1."""
-    values = np.array([[_number(cell) for cell in cells] for cells in scores.cells], dtype=np.float64).T  # (T, C)
-    if np.isnan(values).any():
-        row, column = np.argwhere(np.isnan(values))[0]
-        raise where.error(int(row), f"has score {shown_cell(scores.cells[column][row])}, which is not a number")
+def _of_scores(
+    where: _Place, scores: _Scores, spec: DataSetSpec, order: Sequence[str] | None
+) -> tuple[NDArray[np.int16], NDArray[np.float64] | None]:
+    """Return the id of each row's largest score, (T,), the first of equal ones; -1 for a one-hot row without a 1.
+
+    Also returns the scores (T, C) in the data set's order, or None if they are not probabilities.
+    """
+    values = _values(where, scores, np.ones(len(scores.cells[0]), bool))
     ones = values.sum(axis=1)
     one_hot = bool(np.isin(values, (0.0, 1.0)).all())
     if one_hot and (ones > 1).any():
@@ -323,7 +336,24 @@ def _of_scores(where: _Place, scores: _Scores, spec: DataSetSpec, order: Sequenc
         )
     ours = np.arange(len(spec.phases)) if scores.named else ids_of_order(order or (), spec.phases)
     phase = ours[values.argmax(axis=1)].astype(np.int16)
-    return np.where(ones == 0, np.int16(-1), phase) if one_hot else phase
+    if one_hot:
+        return np.where(ones == 0, np.int16(-1), phase), None
+    return phase, values[:, np.argsort(ours)] if _are_probabilities(values) else None
+
+
+def _values(where: _Place, scores: _Scores, asked: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Return the scores (T, C), 0 in rows that are not `asked` (T,). Raises UserError for one that is no number."""
+    values = np.array([[_number(cell) for cell in cells] for cells in scores.cells], dtype=np.float64).T
+    values[~asked] = 0.0
+    if np.isnan(values).any():
+        row, column = np.argwhere(np.isnan(values))[0]
+        raise where.error(int(row), f"has score {shown_cell(scores.cells[column][row])}, which is not a number")
+    return values
+
+
+def _are_probabilities(values: NDArray[np.float64]) -> bool:
+    """Return whether the rows of scores (T, C) are probabilities; there must be rows."""
+    return bool(values.size and values.min() >= 0 and np.abs(values.sum(axis=1) - 1.0).max() <= _ROUNDING)
 
 
 def _number(cell: str) -> float | None:
@@ -350,8 +380,11 @@ def _rising(where: _Place, cells: Sequence[str]) -> NDArray[np.float64]:
 
 def _with_missing_rows(
     where: _Place, phase: NDArray[np.int16], frame: NDArray[np.float64], time_s: NDArray[np.float64] | None
-) -> tuple[NDArray[np.int16], NDArray[np.float64]]:
-    """Insert rows without a label where the frame numbers skip rows; returns phases (T,) and numbers of all rows.
+) -> tuple[NDArray[np.int16], NDArray[np.float64], NDArray[np.int64]]:
+    """Insert rows without a label where the frame numbers skip rows.
+
+    Returns phases and frame numbers of all rows, and the row in the file of each, (T,) each; for inserted rows, it is
+    that of the row before.
 
     At a variable rate, frame numbers are uneven. If there are times too, rows count as missing only if both skip them.
     Raises UserError if frame numbers without times are uneven, or if more rows are missing than present.
@@ -367,7 +400,8 @@ def _with_missing_rows(
     position = np.r_[0, np.cumsum(rows)].astype(np.int64)
     filled = np.full(int(position[-1]) + 1, -1, np.int16)
     filled[position] = phase
-    return filled, np.interp(np.arange(len(filled)), position, frame)
+    rows_of = np.searchsorted(position, np.arange(len(filled)), side="right") - 1
+    return filled, np.interp(np.arange(len(filled)), position, frame), rows_of
 
 
 def _rows_passed(numbers: NDArray[np.float64]) -> tuple[NDArray[np.float64], float, NDArray[np.bool_]]:

@@ -3,8 +3,7 @@
 A convention counts frames or segments, averages the counts, and describes its rules in words. The conventions
 registered in `CONVENTIONS` can be chosen in `evaluate` and `compare`, and the report shows them. This file contains the
 class of conventions that compare frames, and the three strict conventions; the others are in
-`evaluation.metrics.relaxed` and `evaluation.metrics.segmental`. docs/evaluation.md has formulas, sources and worked
-examples.
+files of their own. docs/evaluation.md has formulas, sources and worked examples.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import numpy as np
 
 from configs.registry import Registry
 from evaluation.metrics.counts import BoolArray, FloatArray, PhasePair, PhaseTable, count, strict_right
-from evaluation.metrics.results import OnePhase, PhaseAbout, PhaseResults, Score, json_number
+from evaluation.metrics.results import OnePhase, PhaseAbout, PhaseResults, PooledScore, Score, json_number
 from evaluation.metrics.scores import METRICS, phase_scores
 
 MAIN_CONVENTION = "phase_mean"  # the convention used if only one number is shown
@@ -38,7 +37,9 @@ class Convention(ABC, Generic[Table]):
     `absent_phase` is the rule for phases that do not occur, `std` says what the standard deviation is computed over,
     `source` is the paper or program that the convention follows, and `window_s` is the time around phase boundaries in
     which errors are accepted, in seconds. `titles` has the titles of scores that only this convention has. If it
-    compares frames, these scores are shown below the table of all conventions.
+    compares frames, these scores are shown below the table of all conventions. `unit` is that of its numbers,
+    `needs_scores` says that it cannot be computed from labels alone, and `has_background` that it leaves out segments
+    of the background.
     """
 
     title: str
@@ -47,7 +48,10 @@ class Convention(ABC, Generic[Table]):
     source: str
     window_s: float | None = None
     titles: Mapping[str, str] = field(default_factory=dict)
-    of_frames: ClassVar[bool] = False  # whether frames are compared, and not segments
+    unit: str = "percent"
+    of_frames: ClassVar[bool] = False  # whether it averages over a table of frame counts, with numbers for each phase
+    needs_scores: ClassVar[bool] = False
+    has_background: ClassVar[bool] = False
 
     def unavailable(self, phases: Sequence[str], fps: float | None) -> str | None:
         """Return why the convention cannot be computed for these phases at this rate, and what to do; None if it can.
@@ -58,18 +62,21 @@ class Convention(ABC, Generic[Table]):
 
     @abstractmethod
     def count(self, videos: Videos, classes: int, fps: float | None, background: Sequence[int]) -> Table:
-        """Return the counts of each video that `means` averages; `background` has ids of phases without activity."""
+        """Return the counts of each video that `means` averages; `background` has ids of phases without activity.
+
+        Either all videos have scores or none has.
+        """
 
     @abstractmethod
     def means(self, table: Table, weights: FloatArray) -> dict[str, FloatArray]:
-        """Average over the videos, once for each row of weights: returns {metric: (B,)} in percent.
+        """Average over the videos, once for each row of weights: returns {metric: (B,)} in the convention's unit.
 
         In row b of `weights` (B, V), video v counts `weights[b, v]` times. A row of ones gives the result itself;
         random rows give a bootstrap of it (`evaluation.metrics.statistics`).
         """
 
     def phase_means(self, table: Table, weights: FloatArray) -> dict[str, FloatArray]:
-        """Average for each phase as `means` does over all: {metric: (B, C)}; empty if segments are compared."""
+        """Average for each phase as `means` does over all: {metric: (B, C)}; empty without such numbers."""
         return {}
 
     @abstractmethod
@@ -234,3 +241,14 @@ def numbers_by_video(videos: Videos, columns: Mapping[str, Any]) -> dict[str, di
         return int(value) if isinstance(value, np.integer) else json_number(value)
 
     return {video.id: {name: number(values[v]) for name, values in columns.items()} for v, video in enumerate(videos)}
+
+
+def pooled_scores(means: Mapping[str, FloatArray], single: Mapping[str, FloatArray]) -> dict[str, PooledScore]:
+    """Return the scores of a convention that pools and also averages over videos.
+
+    `single` has the values (V,) of the videos, and `means` (from `Convention.means`, (1,)) the mean NAME over videos
+    and the value NAME_pooled of all videos.
+    """
+    found = {name: Score.of(means[name][0], values) for name, values in single.items()}
+    pooled = {name: json_number(means[f"{name}_pooled"][0]) for name in found}
+    return {name: PooledScore(score.mean, score.std, pooled[name]) for name, score in found.items()}

@@ -8,7 +8,7 @@ formulas with worked examples.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ BoolArray = NDArray[np.bool_]
 FloatArray = NDArray[np.float64]
 Counts = IntArray | FloatArray
 
+_ROUNDING = 1e-3  # how far a sum of probabilities may exceed 1; those of bf16 and of rounded text do
 NO_PREDICTION = -2  # id in a prediction for a frame without one, which counts as wrong if the frame has a label
 
 
@@ -29,12 +30,13 @@ class PhasePair:
     """Truth and prediction of all T frames of one video.
 
     `truth` (T,) int16 is -1 for frames without a label, which are never counted. `predicted` (T,) int16 is 0..C-1 or
-    NO_PREDICTION for all frames with a label.
+    NO_PREDICTION for all frames with a label. `scores` (T, C) are the probabilities, or None if only labels are known.
     """
 
     id: str
     truth: IntArray
     predicted: IntArray
+    scores: FloatArray | None = None
 
     @property
     def labelled(self) -> BoolArray:
@@ -64,13 +66,17 @@ class PhaseTable:
 
 
 def label_pairs(
-    truth: Mapping[str, NDArray[Any]], predicted: Mapping[str, NDArray[Any]], classes: int
+    truth: Mapping[str, NDArray[Any]],
+    predicted: Mapping[str, NDArray[Any]],
+    classes: int,
+    scores: Mapping[str, NDArray[Any]] | None = None,
 ) -> tuple[list[PhasePair], list[str]]:
     """Check truth and predictions, and return both for the videos with labels, and the ids of the others.
 
-    `truth` and `predicted` map video ids to phase ids (T,), which are -1 in the truth for frames without a label. The
-    pairs are sorted by id. Raises UserError naming the video if one of the two is missing, if lengths differ, or if a
-    phase id is out of range.
+    `truth` and `predicted` map video ids to phase ids (T,), which are -1 in the truth for frames without a label;
+    `scores` has the probabilities (T, C) of each prediction. The pairs are sorted by id. Raises UserError naming the
+    video if one of the two is missing, if lengths differ, if a phase id is out of range, or if scores are not
+    probabilities.
     """
     for ids, other, has, lacks in (
         (truth, predicted, "ground truth", "prediction"),
@@ -81,6 +87,8 @@ def label_pairs(
             what = f"has a {has} but no {lacks}{many}; add the {lacks}, or leave the video out"
             raise UserError(f"{missing[0]}: {what}")
     videos = [_pair(video, truth[video], predicted[video], classes) for video in sorted(truth)]
+    if scores is not None:
+        videos = [replace(video, scores=_probabilities(video, scores[video.id], classes)) for video in videos]
     without = [video.id for video in videos if not video.labelled.any()]
     if len(without) == len(videos):
         raise UserError("no video has phase labels, so there is nothing to evaluate; give videos with annotations")
@@ -102,6 +110,36 @@ def _pair(video: str, truth: NDArray[Any], predicted: NDArray[Any], classes: int
         frame = int(np.flatnonzero((truth >= 0) & ~known)[0])
         raise UserError(f"{video}: row {frame} predicts phase {predicted[frame]}; ids are 0 to {classes - 1}")
     return PhasePair(video, truth.astype(np.int16), predicted.astype(np.int16))
+
+
+def _probabilities(video: PhasePair, scores: NDArray[Any], classes: int) -> FloatArray:
+    """Check the probabilities of the frames that are scored, and return those of all frames, (T, C).
+
+    Their sum may be below 1, since a mapping of classes can leave some out.
+    """
+    values = np.asarray(scores, dtype=np.float64)
+    if values.shape != (len(video.truth), classes):
+        raise UserError(
+            f"{video.id}: probabilities of shape {values.shape} for {len(video.truth)} frames and {classes} phases; "
+            "give one for each frame and phase"
+        )
+    if (row := improper_row(values, video.labelled & (video.predicted >= 0))) is not None:
+        raise UserError(f"{video.id}: row {row}: the scores {short_row(values[row])} are not probabilities")
+    return values
+
+
+def improper_row(scores: NDArray[Any], asked: BoolArray) -> int | None:
+    """Return the first of the rows `asked` (T,) whose scores (T, C) are not probabilities, or None.
+
+    They are not if one is NaN or below 0, or if their sum exceeds 1.
+    """
+    proper = (scores >= -_ROUNDING).all(axis=1) & (scores.sum(axis=1) <= 1.0 + _ROUNDING)  # NaN fails too
+    return int((asked & ~proper).argmax()) if (asked & ~proper).any() else None
+
+
+def short_row(scores: NDArray[Any]) -> str:
+    """Return up to four scores as text, for messages."""
+    return ", ".join(f"{value:.3g}" for value in scores[:4]) + ", ..." * (len(scores) > 4)
 
 
 # ------------------------------------------------------------------------------------- which frames are right

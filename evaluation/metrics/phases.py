@@ -15,6 +15,8 @@ from evaluation.metrics.conventions import CONVENTIONS
 from evaluation.metrics.counts import PhasePair, label_pairs
 from evaluation.metrics.results import PhaseAbout, PhaseResults
 
+NO_SCORES = "it needs a probability of each phase in each frame, which the predictions do not have"
+
 
 def evaluate_phases(
     truth: Mapping[str, NDArray[Any]],
@@ -26,23 +28,26 @@ def evaluate_phases(
     split: str | None = None,
     background: Sequence[str] = (),
     offline: bool = False,
+    scores: Mapping[str, NDArray[Any]] | None = None,
 ) -> dict[str, PhaseResults]:
-    """Score predicted phases against the truth, and return one result per convention, in percent.
+    """Score predicted phases against the truth, and return one result per convention.
 
     `truth` and `predicted` map video ids to phase ids (T,) at `fps` frames per second (None: not known). In the truth,
     -1 means no label; such frames are not counted. In the prediction, NO_PREDICTION (-2) means that there is none,
     which counts as wrong. `phases` are the C names in the order of ids. Segmental metrics ignore the phases in
-    `background`. With `conventions=None`, all conventions are computed that phases and rate allow (see
-    `unavailable_conventions`). `split`, and `offline` (whether predictions depend on later frames), are only recorded.
+    `background`. `scores` are the probabilities (T, C) of the predictions, from which calibration is computed; the
+    predicted phase need not be the most probable one. With `conventions=None`, all conventions are computed that
+    phases, rate and scores allow (see `unavailable_conventions`). `split`, and `offline` (whether predictions depend on
+    later frames), are only recorded.
 
     Videos without any label are left out and named in `about`. Raises UserError for an unknown or unavailable
     convention, and if truth and prediction do not match.
     """
     if fps is not None and not 1e-3 <= fps <= 1e4:  # NaN fails too
         raise UserError(f"fps {fps}: the rate of the labels must be between 0.001 and 10000 frames per second")
-    names = chosen_conventions(conventions, phases, fps)
+    names = chosen_conventions(conventions, phases, fps, scores is not None)
     ids = background_ids(background, phases)
-    videos, without = label_pairs(truth, predicted, len(phases))
+    videos, without = label_pairs(truth, predicted, len(phases), scores)
     frames, digest = int(sum(video.labelled.sum() for video in videos)), _truth_sha256(videos)
     results = {}
     for name in names:
@@ -51,6 +56,7 @@ def evaluate_phases(
             convention=name,
             title=convention.title,
             source=convention.source,
+            unit=convention.unit,
             split=split,
             fps=None if fps is None else float(fps),
             window_s=convention.window_s,
@@ -60,7 +66,7 @@ def evaluate_phases(
             frames=frames,
             truth_sha256=digest,
             videos_without_labels=without,
-            background=list(background) if ids and not convention.of_frames else None,
+            background=list(background) if ids and convention.has_background else None,
             offline=offline or None,
         )
         table = convention.count(videos, len(phases), fps, ids)
@@ -77,9 +83,16 @@ def background_ids(background: Sequence[str], phases: Sequence[str]) -> list[int
     return [known[folded_name(name)] for name in background]
 
 
-def unavailable_conventions(phases: Sequence[str], fps: float | None = 1.0) -> dict[str, str]:
-    """Return the conventions that these phases at this rate do not allow, each with the reason and advice."""
-    reasons = {name: CONVENTIONS.find(name).unavailable(phases, fps) for name in CONVENTIONS.names()}
+def unavailable_conventions(phases: Sequence[str], fps: float | None = 1.0, scores: bool = True) -> dict[str, str]:
+    """Return the conventions that these phases at this rate do not allow, each with the reason and advice.
+
+    `scores` says whether the predictions have probabilities.
+    """
+    found = {name: CONVENTIONS.find(name) for name in CONVENTIONS.names()}
+    reasons = {
+        name: NO_SCORES if one.needs_scores and not scores else one.unavailable(phases, fps)
+        for name, one in found.items()
+    }
     return {name: reason for name, reason in reasons.items() if reason}
 
 
@@ -95,9 +108,11 @@ def majority_phase(tracks: Sequence[NDArray[Any]]) -> int:
     return int(np.bincount(labels).argmax())
 
 
-def chosen_conventions(conventions: Sequence[str] | None, phases: Sequence[str], fps: float | None) -> list[str]:
+def chosen_conventions(
+    conventions: Sequence[str] | None, phases: Sequence[str], fps: float | None, scores: bool = True
+) -> list[str]:
     """Check the conventions asked for, and return them; None stands for all that can be computed."""
-    unavailable = unavailable_conventions(phases, fps)
+    unavailable = unavailable_conventions(phases, fps, scores)
     if conventions is None:
         return [name for name in CONVENTIONS.names() if name not in unavailable]
     for name in map(require_convention, conventions):

@@ -1,8 +1,8 @@
 """Dataclasses of results, and their JSON form (docs/evaluation.md, "JSON").
 
 `evaluate_phases` returns one `PhaseResults` per convention, and `evaluate_tools` returns a `ToolResults`. An
-`Evaluation` is the content of a run's `metrics.json`. All numbers are in percent. Undefined numbers are None, since
-JSON has no NaN. The fields are the keys in the files, in the same order.
+`Evaluation` is the content of a run's `metrics.json`. All numbers are in percent, unless `unit` says
+otherwise. Undefined numbers are None, since JSON has no NaN. The fields are the keys in the files, in the same order.
 """
 
 from __future__ import annotations
@@ -112,8 +112,8 @@ class PhaseResults(Record):
     """The results of phase recognition under one convention.
 
     `scores` are the results over all videos, accuracy first, including scores that only this convention has.
-    `per_phase` is None if segments rather than frames are compared. `per_video` is {video: {metric: number}}, and
-    includes counts of frames or segments. `intervals` are 95 % bootstrap intervals over videos.
+    `per_phase` is None if frames are not counted for each phase. `per_video` is {video: {metric: number}}, and
+    includes counts, such as of frames. `intervals` are 95 % bootstrap intervals over videos.
     """
 
     scores: Mapping[str, PooledScore | Score | float | None] = field(metadata=FLAT)
@@ -124,14 +124,14 @@ class PhaseResults(Record):
 
     @property
     def of_frames(self) -> bool:
-        """Whether frames, rather than segments, are compared."""
+        """Whether frames are counted for each phase."""
         return self.per_phase is not None
 
     @property
     def metrics(self) -> list[str]:
-        """The names of accuracy and the per-phase (or segmental) metrics, without scores of only this convention."""
+        """The names of the metrics: accuracy and those per phase or, without these, all scores with a mean."""
         per_phase = next(iter((self.per_phase or {}).values()), None)
-        return ["accuracy", *per_phase.scores] if per_phase else list(self.scores)
+        return ["accuracy", *per_phase.scores] if per_phase else [m for m in self.scores if self.score(m)]
 
     def score(self, metric: str) -> Score | None:
         """Return mean and standard deviation of a metric, or None if the results do not contain it."""

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evaluation.metrics.conventions import CONVENTIONS, Convention, Videos, numbers_by_video, over_videos
+from evaluation.metrics.conventions import CONVENTIONS, Convention, Videos, numbers_by_video, over_videos, pooled_scores
 from evaluation.metrics.counts import Counts, FloatArray, IntArray
-from evaluation.metrics.results import PhaseAbout, PhaseResults, PooledScore, Score, json_number
+from evaluation.metrics.results import PhaseAbout, PhaseResults, Score
 from features.run_lengths import runs
 
 OVERLAPS_PERCENT = (10, 25, 50)
@@ -98,6 +98,8 @@ class SegmentConvention(Convention[SegmentTable]):
     segments of the background. `right` and `frames` count all labelled frames.
     """
 
+    has_background = True
+
     def count(self, videos: Videos, classes: int, fps: float | None, background: Sequence[int]) -> SegmentTable:
         """See `Convention.count`."""
         rows = []
@@ -121,13 +123,12 @@ class SegmentConvention(Convention[SegmentTable]):
 
     def results(self, table: SegmentTable, videos: Videos, phases: Sequence[str], about: PhaseAbout) -> PhaseResults:
         """See `Convention.results`."""
-        means = {name: value[0] for name, value in self.means(table, np.ones((1, len(videos)))).items()}
+        means = self.means(table, np.ones((1, len(videos))))
         f1 = segment_f1(table.hits, table.predicted, table.truth).T  # (3, V)
         single = {f"f1@{percent}": f1[k] for k, percent in enumerate(OVERLAPS_PERCENT)}
-        scores = {"accuracy": Score.of(means["accuracy"], np.empty(0)), "edit": Score.of(means["edit"], table.edit)}
-        for name, values in single.items():
-            score = Score.of(means[name], values)
-            scores[name] = PooledScore(score.mean, score.std, json_number(means[f"{name}_pooled"]))
+        spread = {"accuracy": np.empty(0), "edit": table.edit}
+        scores: dict[str, Score] = {name: Score.of(means[name][0], values) for name, values in spread.items()}
+        scores |= pooled_scores(means, single)
         counts = {"segments_truth": table.truth, "segments_predicted": table.predicted}
         per_video = numbers_by_video(videos, {"edit": table.edit, **single, **counts})
         return PhaseResults(scores=scores, per_video=per_video, about=about)

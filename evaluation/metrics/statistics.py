@@ -27,10 +27,10 @@ _EXACT_VIDEOS = 13  # with at most this many videos, all sign patterns (8,192) a
 
 @dataclass(frozen=True)
 class Intervals:
-    """Bootstrap intervals over videos, in percent.
+    """Bootstrap intervals over videos, in the unit of each convention.
 
     Over all phases they are {convention: {metric: interval}}, and for each phase {convention: {phase: {metric:
-    interval}}}. Conventions that compare segments have none for each phase.
+    interval}}}. Conventions that do not count frames for each phase have none for each phase.
     """
 
     overall: Mapping[str, Mapping[str, Interval]]
@@ -45,6 +45,7 @@ def bootstrap_intervals(
     conventions: Sequence[str] | None = None,
     *,
     background: Sequence[str] = (),
+    scores: Mapping[str, NDArray[Any]] | None = None,
     resamples: int = 10_000,
     confidence: float = 0.95,
     seed: int = 0,
@@ -55,11 +56,11 @@ def bootstrap_intervals(
     videos as there are, with replacement, and averages them as the convention does. The same draws are used for all
     phases; for a phase, draws without any video that has it do not count. A single video has no interval (None).
     """
-    videos, _ = label_pairs(truth, predicted, len(phases))
+    videos, _ = label_pairs(truth, predicted, len(phases), scores)
     once, draws, tails = _draws(len(videos), resamples, confidence, seed)
     ids = background_ids(background, phases)
     overall, per_phase = {}, {}
-    for name in chosen_conventions(conventions, phases, fps):
+    for name in chosen_conventions(conventions, phases, fps, scores is not None):
         convention = CONVENTIONS.find(name)
         table = convention.count(videos, len(phases), fps, ids)
         means, drawn = (convention.means(table, weights) for weights in (once, draws))  # {metric: (1 or B,)}

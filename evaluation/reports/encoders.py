@@ -15,7 +15,7 @@ from evaluation.encoders import MAIN_METRIC, METRICS, TOOL_HEAD, EncoderRow, Enc
 from evaluation.metrics.conventions import metric_title
 from evaluation.metrics.results import Interval, counted, marked
 from evaluation.reports.ablation import no_formula
-from evaluation.reports.plotly_figures import RUN_COLOURS, plain
+from evaluation.reports.plotly_base import RUN_COLOURS, plain
 from evaluation.reports.tables import IN_BRACKETS, ResultTable, interval_text, mean_std_text, number_text
 from evaluation.reports.templates import template_environment
 

@@ -24,6 +24,7 @@ from engine.logs import METRICS_LOG, read_metrics
 from evaluation.files.predictions import TOOLS_ALONE, PredictionFile, read_prediction_csv
 from evaluation.files.truth import TRUTH_FILE, Truth, is_simulated, read_truth
 from evaluation.metrics.conventions import MAIN_CONVENTION
+from evaluation.metrics.counts import improper_row
 from evaluation.metrics.results import HEAD, METRICS_FILE, ByConvention, Evaluation, read_evaluation
 from evaluation.metrics.statistics import Intervals, bootstrap_intervals
 from evaluation.reports.ablation import ABLATION_PAGE
@@ -100,7 +101,8 @@ class RunResults:
         truth, predicted = self.labelled
         if not truth:
             return Intervals({}, {})
-        return bootstrap_intervals(truth, predicted, self.truth.spec.phases, self.truth.fps)
+        scores = {name: self.predictions[name].probabilities for name in truth}
+        return bootstrap_intervals(truth, predicted, self.truth.spec.phases, self.truth.fps, scores=scores)
 
     def accuracy(self, video: str) -> float | None:
         """Return the percentage of the video's labelled frames that are right, or None without labels."""
@@ -225,6 +227,8 @@ def _gather_run(folder: Path, name: str, split: str) -> RunResults:
                 f"{evaluated}: {video} has {len(found.phase)} predictions, but another number of labels in "
                 f"{TRUTH_FILE}; run evaluate again"
             )
+        if (row := improper_row(found.probabilities, np.ones(len(found.phase), bool))) is not None:
+            raise UserError(f"{evaluated}: {video}: the probabilities of row {row + 2} exceed 1; run evaluate again")
     stage = stage_of(folder, evaluation)
     environment = stage / "environment.json" if stage else None
     settings = read_yaml(stage / "config.yaml") if stage else {}

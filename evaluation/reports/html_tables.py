@@ -79,16 +79,16 @@ def all_tables(report: Report) -> Tables:
 
 
 def _sections(report: Report, track: str) -> dict[str, ConventionSection]:
-    """Return the section of each convention under which all heads of all runs have results."""
-    found = dict.fromkeys(name for run in report.runs for head in run.phases.values() for name in head)
-    shared = [name for name in found if all(name in head for run in report.runs for head in run.phases.values())]
+    """Return the section of each convention under which all runs have results of at least one head."""
+    runs = [run.phases.values() for run in report.runs if run.phases]
+    found = dict.fromkeys(name for heads in runs for head in heads for name in head)
+    shared = [name for name in found if all(any(name in head for head in heads) for heads in runs)]
     return {name: _section(report, name, track) for name in shared}
 
 
 def _section(report: Report, name: str, track: str) -> ConventionSection:
-    known = next(head[name] for run in report.runs for head in run.phases.values())
-    segments = "Segments" if track == MAIN_TRACK else f"{track_title(track)}: segments"
-    title, corner = (f"{track_title(track)} over all", "Metric") if known.of_frames else (segments, "Score")
+    known = next(head[name] for run in report.runs for head in run.phases.values() if name in head)
+    title, corner = f"{track_title(track)} over all", "Metric" if known.of_frames else "Score"
     titles = HEAD_TITLES if track == MAIN_TRACK else {**HEAD_TITLES, "majority": "Most frequent class"}
     tables = [_overall(report, name, title, corner, titles)]
     if known.of_frames and any(HEAD in run.phases for run in report.runs):
@@ -112,7 +112,7 @@ def _about(about: PhaseAbout) -> list[str]:
 def _counts(about: PhaseAbout | ToolAbout, frames: str = "") -> str:
     rate = "at an unknown rate" if about.fps is None else f"at {about.fps:g} fps"
     videos, seeds = counted(about.videos, "video"), counted(about.seeds, "seed")
-    return f"{videos} of split {about.split}{frames} {rate}; {seeds} per run. Percent."
+    return f"{videos} of split {about.split}{frames} {rate}; {seeds} per run. {about.unit.capitalize()}."
 
 
 def _overall(report: Report, convention: str, title: str, corner: str, head_titles: Mapping[str, str]) -> ResultTable:

@@ -1,6 +1,6 @@
 """Write the report as one HTML file that needs no network: plotly.js, style and data are inside.
 
-A content security policy blocks everything else. Names are escaped by Jinja in the page, and by `plotly_figures.plain`
+A content security policy blocks everything else. Names are escaped by Jinja in the page, and by `plotly_base.plain`
 in figures.
 """
 
@@ -19,7 +19,7 @@ from plotly.offline import get_plotlyjs
 
 from engine.files import write_text
 from evaluation.metrics.conventions import metric_title
-from evaluation.reports import html_tables, plotly_figures
+from evaluation.reports import html_tables, plotly_base, plotly_figures
 from evaluation.reports.gather import Report
 from evaluation.reports.templates import TEMPLATES, template_environment
 
@@ -34,7 +34,7 @@ def render(report: Report) -> str:
     environment = template_environment(html=True)
     environment.tests["match_start"] = str.startswith
     environment.filters["yaml"] = lambda tree: yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
-    environment.filters["clock"] = plotly_figures.clock
+    environment.filters["clock"] = plotly_base.clock
     environment.filters["data_uri"] = lambda jpeg: f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
     figures = plotly_figures.all_figures(report)
     # No text in an inline script may look like its end tag. The hashes are those of exactly the text between the tags.
@@ -45,8 +45,8 @@ def render(report: Report) -> str:
         figures=figures,
         metrics=[(metric, metric_title(metric)) for metric in next(iter(report.phase_metrics.values()), ())],
         unlabelled=any((video.phase < 0).any() for video in report.truth.videos.values()),
-        phases=plotly_figures.legend(report.truth.spec.phases),
-        tracks={name: plotly_figures.legend(report.truth.spec.tracks[name].classes) for name in report.tracks},
+        phases=plotly_base.legend(report.truth.spec.phases),
+        tracks={name: plotly_base.legend(report.truth.spec.tracks[name].classes) for name in report.tracks},
         policy=Markup(_policy(scripts)),
         style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
         plotly=Markup(scripts[0]),

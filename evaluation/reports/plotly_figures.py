@@ -8,8 +8,7 @@ with our own ticks, because Plotly's date axes would read the numbers 1000 to 99
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from html import unescape
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,19 +21,24 @@ from evaluation.reports.gather import TRUTH_NAME, Report, RunResults
 from evaluation.reports.paper_figures import (
     UNLABELLED,
     confusion_counts,
-    phase_colours,
     row_percent,
     sample_edges_s,
-    short_name,
 )
+from evaluation.reports.plotly_base import (
+    RUN_PATTERNS,
+    Figure,
+    base_layout,
+    clock,
+    legend,
+    plain,
+    plain_axis,
+    rows_axis,
+    run_line,
+)
+from evaluation.reports.plotly_curves import precision_recall, reliability_diagram
 from evaluation.reports.tables import IN_BRACKETS, interval_text
 from features.run_lengths import true_spans
 
-# Okabe and Ito's darker colours, which are clearly visible on a white page, each with a pattern and a dash.
-RUN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#222222", "#E69F00")
-RUN_PATTERNS = ("", "/", "x", ".", "-", "+")
-RUN_DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
-CURVE_POINTS = 200
 MOST_WIDE_ROWS = 20  # a confusion matrix of more classes has lower rows
 _TICK_STEPS_S = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400)
 _TICKS = 5
@@ -43,70 +47,19 @@ _NAME_LETTERS = 14
 _ROW_LETTERS = 26
 
 
-@dataclass(frozen=True)
-class Figure:
-    """A figure: `spec` is the input of `Plotly.newPlot`, and `alt` describes in words what is drawn.
-
-    For papers, figures with the same `file` (a name without suffix) are panels of one file. A figure without `file` is
-    shown only in the page.
-    """
-
-    id: str
-    title: str
-    alt: str
-    height_px: int
-    spec: dict[str, Any]
-    file: str = ""
-
-
-def clock(seconds: float) -> str:
-    """Return a time in a video as text like `1:02:03`, for figures and captions."""
-    whole = round(seconds)
-    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
-
-
-def plain(name: str, letters: int | None = None) -> str:
-    """Escape a name so that Plotly shows it literally: it interprets some HTML in texts, and %{...} in templates."""
-    text = short_name(name, letters) if letters else name
-    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return text.replace("%{", "%\u200b{")
-
-
-def literal(text: str) -> str:
-    """Undo the escaping of `plain`."""
-    return unescape(text.replace("\u200b", ""))
-
-
-def legend(phases: Sequence[str]) -> list[tuple[str, str, str]]:
-    """Return (name, colour, colour of text on that colour) of each phase. Figures show phases by number, from 1."""
-    return [(name, colour, text_on(colour)) for name, colour in zip(phases, phase_colours(len(phases)), strict=True)]
-
-
-def run_line(number: int, dash: int | None = None) -> dict[str, str]:
-    """Return colour and dash of a run's line, given the run's number."""
-    which = number if dash is None else dash
-    return {"color": RUN_COLOURS[number % len(RUN_COLOURS)], "dash": RUN_DASHES[which % len(RUN_DASHES)]}
-
-
-def text_on(colour: str) -> str:
-    """Return black or white, whichever is more legible on `colour` (WCAG 2 relative luminance)."""
-    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
-    return "#000000" if 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] > 0.18 else "#FFFFFF"
-
-
 def all_figures(report: Report) -> dict[str, Figure]:
     """Return all figures of the report by id.
 
     The ids are `ribbon-0`, `tools-0` (one per video, in the report's order), `bars-<convention>-<metric>`,
-    `confusion-<run>`, `curve-<tool>` and `training-<number>`; `track-<track>-ribbon-0` and
-    `track-<track>-confusion-<run>` for additional label tracks.
+    `confusion-<run>`, `reliability`, `curve-<tool>` and `training-<number>`; `track-<track>-ribbon-0`,
+    `track-<track>-confusion-<run>` and `track-<track>-reliability` for additional label tracks.
     """
     found: list[Figure] = []
     for number, video in enumerate(report.videos):
         found += filter(None, [ribbon(report, number, video), tool_timeline(report, number, video)])
     found += [_bars(report, name, metric) for name, metrics in report.phase_metrics.items() for metric in metrics]
     found += filter(None, (confusion(run, number) for number, run in enumerate(report.runs)))
+    found += filter(None, [reliability_diagram(report.runs)])
     found += precision_recall(report.runs)
     found += training(report.runs)
     found += [figure for track in report.tracks for figure in _track_figures(report.of_track(track), track)]
@@ -114,43 +67,13 @@ def all_figures(report: Report) -> dict[str, Figure]:
 
 
 def _track_figures(report: Report, track: str) -> Iterator[Figure]:
-    """Yield the ribbons and confusion matrices of an additional label track; their ids start with `track-<track>-`."""
+    """Yield the ribbons, confusion matrices and reliability of an additional track, with ids `track-<track>-...`."""
     ribbons = (ribbon(report, number, video) for number, video in enumerate(report.videos))
     matrices = (confusion(run, number) for number, run in enumerate(report.runs))
-    for figure in filter(None, (*ribbons, *matrices)):
+    for figure in filter(None, (*ribbons, *matrices, reliability_diagram(report.runs))):
         title, alt = f"{figure.title}, {track}", f"{track}: {figure.alt}".replace("Phases of", "classes of")
         file = f"{track}-{figure.file}" if figure.file else ""
         yield replace(figure, id=f"track-{track}-{figure.id}", title=title, alt=alt, file=file)
-
-
-def _layout(bottom_px: int, **more: Any) -> dict[str, Any]:
-    """Return the layout that all figures share.
-
-    It uses the page's font, and disables dragging, so that a finger scrolls the page.
-    """
-    return {
-        "font": {"family": "system-ui, sans-serif", "size": 12, "color": "#222222"},
-        "paper_bgcolor": "rgba(0,0,0,0)",
-        "plot_bgcolor": "rgba(0,0,0,0)",
-        "barmode": "overlay",  # the positions of bars are set explicitly
-        "dragmode": False,
-        "hovermode": "closest",
-        "hoverlabel": {"align": "left", "bgcolor": "#FFFFFF", "bordercolor": "#222222", "font": {"color": "#222222"}},
-        "margin": {"l": 10, "r": 14, "t": 4, "b": bottom_px},
-        "legend": {"orientation": "h", "itemclick": False, "itemdoubleclick": False, "y": 1.02, "yanchor": "bottom"},
-        "showlegend": False,
-        **more,
-    }
-
-
-def _axis(**more: Any) -> dict[str, Any]:
-    return {"fixedrange": True, "automargin": True, "zeroline": False, "gridcolor": "#E3E3E3", **more}
-
-
-def _rows_axis(names: Sequence[str], **more: Any) -> dict[str, Any]:
-    """Return an axis of named rows, from top to bottom."""
-    rows = {"tickvals": list(range(len(names))), "ticktext": list(names), "showgrid": False}
-    return _axis(**rows, range=[len(names) - 0.5, -0.5], **more)
 
 
 def _place(number: int, count: int) -> dict[str, float]:
@@ -163,7 +86,7 @@ def _time_axis(end_ms: int) -> dict[str, Any]:
     wide = end_ms / 1000 / _TICKS
     step_s = next((step for step in _TICK_STEPS_S if step >= wide), _TICK_STEPS_S[-1])
     ticks = range(0, end_ms + 1, step_s * 1000)
-    return _axis(range=[0, end_ms], tickvals=list(ticks), ticktext=[clock(tick / 1000) for tick in ticks])
+    return plain_axis(range=[0, end_ms], tickvals=list(ticks), ticktext=[clock(tick / 1000) for tick in ticks])
 
 
 # ---------------------------------------------------------------------------------------------- a video
@@ -205,10 +128,10 @@ def ribbon(report: Report, number: int, video: str) -> Figure | None:
             inside = {"textposition": "inside", "insidetextanchor": "middle", "textangle": 0}
             digits = [str(phase + 1) if value >= 0 else ""] * len(trace["y"])
             data.append(trace | inside | {"text": digits, "insidetextfont": {"color": text, "size": 11}})
-    layout = _layout(
+    layout = base_layout(
         26,
         xaxis=_time_axis(int(edges[-1])),
-        yaxis=_axis(type="category", categoryarray=names, range=[len(names) - 0.5, -0.5], showgrid=False),
+        yaxis=plain_axis(type="category", categoryarray=names, range=[len(names) - 0.5, -0.5], showgrid=False),
         uniformtext={"mode": "hide", "minsize": 9},
     )
     duration = clock(edges[-1] / 1000)
@@ -248,10 +171,10 @@ def tool_timeline(report: Report, number: int, video: str) -> Figure | None:
         trace = _span_bars(enumerate(present.T), edges, colour, hover)
         words = {"text": [plain(tools[k]) for k in trace["y"]], "textposition": "none", "name": plain(name, 30)}
         data.append(trace | _place(row, len(presence)) | words)
-    layout = _layout(
+    layout = base_layout(
         26,
         xaxis=_time_axis(int(edges[-1])),
-        yaxis=_rows_axis([plain(tool, _ROW_LETTERS) for tool in tools]),
+        yaxis=rows_axis([plain(tool, _ROW_LETTERS) for tool in tools]),
         showlegend=True,
     )
     alt = f"Tools in {video} over time: " + ", ".join(name for name, _, _ in presence)
@@ -294,10 +217,10 @@ def _bars(report: Report, convention: str, metric: str) -> Figure:
         for place, (number, run) in enumerate(known)
     ]
     title = plain(metric_title(metric))
-    layout = _layout(
+    layout = base_layout(
         40,
-        xaxis=_axis(range=[0, 104], ticksuffix=" %", title={"text": title, "standoff": 6}),
-        yaxis=_rows_axis([_numbered(i, phase) for i, phase in enumerate(phases)]),
+        xaxis=plain_axis(range=[0, 104], ticksuffix=" %", title={"text": title, "standoff": 6}),
+        yaxis=rows_axis([_numbered(i, phase) for i, phase in enumerate(phases)]),
         showlegend=len(data) > 1,
     )
     alt = f"{title} of each phase with 95 % intervals, {convention}; the numbers are in the table above"
@@ -378,10 +301,10 @@ def confusion(run: RunResults, number: int) -> Figure | None:
         "ygap": 1,
     }  # fmt: skip
     ticks = {"tickvals": list(range(len(phases))), "showgrid": False}
-    layout = _layout(
+    layout = base_layout(
         40,
-        xaxis=_axis(**ticks, ticktext=digits, side="bottom", title={"text": "predicted", "standoff": 4}),
-        yaxis=_rows_axis([_numbered(i, name) for i, name in enumerate(phases)], title={"text": "truth"}),
+        xaxis=plain_axis(**ticks, ticktext=digits, side="bottom", title={"text": "predicted", "standoff": 4}),
+        yaxis=rows_axis([_numbered(i, name) for i, name in enumerate(phases)], title={"text": "truth"}),
     )
     right = 100.0 * float(np.trace(counts)) / max(int(counts.sum()), 1)
     alt = f"Confusion matrix of {run.name}: {right:.1f} % of {int(counts.sum()):,} frames on the diagonal"
@@ -389,75 +312,23 @@ def confusion(run: RunResults, number: int) -> Figure | None:
     return Figure(f"confusion-{number}", run.name, alt, height, {"data": [trace], "layout": layout}, file)
 
 
-def precision_recall(runs: Sequence[RunResults]) -> Iterator[Figure]:
-    """Yield a figure of precision against recall for each tool that appears, with one curve per run."""
-    for k, tool in enumerate(runs[0].truth.spec.tools):
-        data = [_curve(run, number, k) for number, run in enumerate(runs)]
-        lines = [line for line in data if line]
-        if not lines:
-            continue
-        percent = _axis(range=[0, 103], tickvals=[0, 50, 100], ticksuffix=" %")
-        layout = _layout(
-            40,
-            xaxis={**percent, "title": {"text": "recall", "standoff": 4}},
-            yaxis={**percent, "title": {"text": "precision", "standoff": 4}},
-        )
-        alt = f"Precision against recall of {tool}"
-        yield Figure(f"curve-{k}", tool, alt, 230, {"data": lines, "layout": layout}, "precision-recall")
-
-
-def curve_points(run: RunResults, k: int) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
-    """Return (recall, precision) in percent of tool `k` on the pooled labelled frames.
-
-    Points that would not be visible are left out.
-    """
-    pairs = [
-        (run.truth.videos[name].tools[:, k], found[:, k])
-        for name, found in run.tool_scores.items()
-        if run.truth.videos[name].tools.size
-    ]
-    truth = np.concatenate([labels for labels, _ in pairs]) if pairs else np.empty(0, np.int8)
-    if not (truth == 1).any():
-        return None
-    from sklearn.metrics import precision_recall_curve
-
-    scores = np.concatenate([values for _, values in pairs])
-    precision, recall, _ = precision_recall_curve(truth[truth >= 0], scores[truth >= 0])
-    recall, precision = recall[::-1], precision[::-1]  # reverse, so that recall rises
-    keep = np.unique(np.r_[0, np.searchsorted(recall, np.linspace(0, 1, CURVE_POINTS)), len(recall) - 1])
-    keep = keep[keep < len(recall)]
-    return 100.0 * recall[keep], 100.0 * precision[keep]
-
-
-def _curve(run: RunResults, number: int, k: int) -> dict[str, Any] | None:
-    points = curve_points(run, k)
-    if points is None:
-        return None
-    recall, precision = (np.round(values, 2).tolist() for values in points)
-    return {
-        "type": "scatter",
-        "mode": "lines",
-        "name": plain(run.name, 30),
-        "x": recall,
-        "y": precision,
-        "line": run_line(number),
-        "hovertemplate": "%{fullData.name}<br>recall %{x:.1f} %, precision %{y:.1f} %<extra></extra>",
-    }
-
-
 def training(runs: Sequence[RunResults]) -> Iterator[Figure]:
     """Yield a figure for each training of any run, with the loss above and validation scores below, over epochs."""
     for number, stage in enumerate(dict.fromkeys(stage for run in runs for stage in run.curves)):
         data = [line for i, run in enumerate(runs) for line in _training_lines(run, i, stage, len(runs) > 1)]
         scores = any(line["yaxis"] == "y2" for line in data)
-        layout = _layout(
+        layout = base_layout(
             40,
-            xaxis=_axis(title={"text": "epoch", "standoff": 4}, anchor="y2" if scores else "y", rangemode="tozero"),
-            yaxis=_axis(title={"text": "loss", "standoff": 4}, domain=[0.56, 1] if scores else [0, 1]),
+            xaxis=plain_axis(
+                title={"text": "epoch", "standoff": 4}, anchor="y2" if scores else "y", rangemode="tozero"
+            ),
+            yaxis=plain_axis(title={"text": "loss", "standoff": 4}, domain=[0.56, 1] if scores else [0, 1]),
             showlegend=True,
         )
         if scores:
-            layout["yaxis2"] = _axis(title={"text": "validation", "standoff": 4}, domain=[0, 0.46], range=[0, 1.02])
+            layout["yaxis2"] = plain_axis(
+                title={"text": "validation", "standoff": 4}, domain=[0, 0.46], range=[0, 1.02]
+            )
         alt, file = f"Training curves of {stage}", f"training-{stage.replace('/', '-')}"
         yield Figure(f"training-{number}", stage, alt, 360, {"data": data, "layout": layout}, file)
 

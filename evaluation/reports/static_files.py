@@ -16,7 +16,8 @@ import numpy as np
 from engine.files import make_folder
 from evaluation.reports.gather import Report
 from evaluation.reports.paper_figures import add_legend, phase_ribbons, save_figure, short_name
-from evaluation.reports.plotly_figures import RUN_DASHES, Figure, all_figures, literal
+from evaluation.reports.plotly_base import RUN_DASHES, Figure, literal
+from evaluation.reports.plotly_figures import all_figures
 
 SUFFIXES = (".pdf", ".png")
 _DASHES = dict(zip(RUN_DASHES, ("-", "--", ":", "-.", (0, (8, 2)), (0, (5, 1, 1, 1))), strict=True))

@@ -13,6 +13,7 @@ from configs.errors import UserError
 from configs.schema import MAIN_TRACK
 from evaluation.metrics.conventions import MAIN_CONVENTION, convention_titles, metric_title
 from evaluation.metrics.results import (
+    HEAD,
     ByConvention,
     Interval,
     PhaseAbout,
@@ -166,23 +167,46 @@ def metrics_of(results: Iterable[PhaseResults]) -> list[str]:
     return list(dict.fromkeys(metric for result in results for metric in result.metrics))
 
 
-def segment_table(results: ByConvention, convention: str = "segmental") -> ResultTable:
-    """Return a table of edit score and F1 at the overlaps, in percent.
+def others_table(results: ByConvention) -> ResultTable:
+    """Return a table of the conventions that do not count frames for each phase, such as `segmental`.
 
-    Raises UserError if `results` do not contain the convention.
+    Raises UserError if `results` contain none.
     """
-    if convention not in results:
-        raise UserError(f"no results under the convention {convention}; evaluate with it first")
-    result = results[convention]
+    others = {name: result for name, result in results.items() if not result.of_frames}
+    if not others:
+        raise UserError("no results of segments, transitions or calibration; evaluate with such a convention first")
     rows = []
-    for name in result.metrics[1:]:
-        score = result.score(name)
-        pooled = number_text(score.pooled) if isinstance(score, PooledScore) else ""
-        rows.append((metric_title(name), [pooled, mean_std_text(score)]))
-    notes = [f"{_setting(result.about)}."]
-    if result.about.background:
-        notes.append(f"Left out as background: {', '.join(result.about.background)}.")
-    return ResultTable(f"Segments [{convention}], percent", "Score", ["Pooled", "Mean over videos"], rows, notes)
+    for convention, result in others.items():
+        for name in (metric for metric in result.metrics if metric != "accuracy"):
+            score = result.score(name)
+            pooled = number_text(score.pooled) if isinstance(score, PooledScore) else ""
+            rows.append((f"{metric_title(name)} [{convention}]", [pooled, mean_std_text(score)]))
+    about = next(iter(others.values())).about
+    notes = [f"Percent, except delays and rates. {_setting(about)}."]
+    if left_out := next((one.about.background for one in others.values() if one.about.background), None):
+        notes.append(f"Left out as background: {', '.join(left_out)}.")
+    return ResultTable("Other scores of the same predictions", "Score", ["Pooled", "Mean over videos"], rows, notes)
+
+
+def events_table(models: Mapping[str, ByConvention], track: str | None = None) -> ResultTable:
+    """Return a table of transitions and calibration over all videos, with one row per model (head or baseline).
+
+    If there are tables of several label tracks, `track` names this one's in the title. Models without probabilities
+    have no calibration. The scores of PhaKIR are in the note.
+    """
+    rows, columns, notes = [], dict[str, None](), []
+    for convention in ("transitions", "calibration"):
+        columns |= dict.fromkeys(m for one in models.values() if convention in one for m in one[convention].metrics)
+    for model, results in models.items():
+        found = {m: score for one in results.values() if not one.of_frames for m, score in one.scores.items()}
+        scores = [found.get(metric) for metric in columns]
+        name = marked(model, any(result.about.offline for result in results.values()))
+        rows.append((name, [number_text(one.pooled if isinstance(one, PooledScore) else None) for one in scores]))
+        if (phakir := results.get("phakir")) is not None and model == HEAD:
+            shown = (f"{metric_title(metric)} {mean_std_text(phakir.score(metric))}" for metric in phakir.metrics)
+            notes.append(f"PhaKIR: {', '.join(shown)}.")
+    title = f"{f'{track_title(track)}, t' if track else 'T'}ransitions and calibration, all videos pooled"
+    return ResultTable(title, "Model", [*map(metric_title, columns)], rows, notes)
 
 
 MEAN_AP = "mean (mAP)"
@@ -257,12 +281,13 @@ def difference_table(pair: ModelPair, about: ComparisonAbout) -> ResultTable:
         for metric, entry in pair.metrics.items()
     ]
     spread = " Standard deviation: over seeds." if max(about.seeds) > 1 else ""
+    unit = about.unit.removesuffix(" points").capitalize()
     return ResultTable(
         f"A = {pair.first}, B = {pair.second} [{about.convention}]",
         "Metric",
         ["A", "B", "A - B", "95 % interval", "p", "p (Holm)"],
         rows,
-        [f"Percent, means over videos.{spread} Interval and test: over videos; {about.correction}. {_setting(about)}."],
+        [f"{unit}, means over videos.{spread} Interval and test: over videos; {about.correction}. {_setting(about)}."],
     )
 
 

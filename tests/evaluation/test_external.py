@@ -17,6 +17,7 @@ from configs.load import load_dataset
 from evaluation.external import Reading, evaluate_folder, read_pairs
 from evaluation.files.predictions import PredictionFile, write_prediction_csv
 from evaluation.metrics.conventions import CONVENTIONS
+from evaluation.metrics.counts import NO_PREDICTION
 from tests.evaluation.in_json import evaluate_phases, score_folder
 
 CHOLEC80 = load_dataset("cholec80")
@@ -58,7 +59,7 @@ def test_the_form_of_the_files_changes_nothing(shared_data, tmp_path):
     first, _ = score_folder(published / "phase", reading, CHOLEC80)
     second, _ = score_folder(tmp_path / "csv", reading, CHOLEC80)
     assert without_paths(first) == without_paths(second)
-    assert set(first) == set(CONVENTIONS.names())
+    assert set(first) == set(CONVENTIONS.names()) - {"calibration"}
 
 
 def test_names_and_order_of_files_change_nothing(shared_data, tmp_path):
@@ -297,7 +298,7 @@ def test_frames_that_one_side_lacks(tmp_path):
     assert "4 labelled frames have no prediction and count as wrong: video01" in notes
     results, _ = score_folder(tmp_path / "predicted", Reading(tmp_path / "truth"), CHOLEC80)
     for name, result in results.items():
-        assert result["accuracy"]["mean"] == pytest.approx(20), name
+        assert result.get("accuracy", {"mean": 20})["mean"] == pytest.approx(20), name
 
 
 @given(st.data())
@@ -384,11 +385,12 @@ def test_relaxed_conventions_of_unknown_rates_or_other_phases(tmp_path):
     plain = folder(tmp_path / "a", **{"1": rows([0, 1])})
     with pytest.raises(UserError, match=r"relaxed_fixed: its window of 10 s needs the rate of the rows.*add --fps"):
         score_folder(plain, Reading(plain), CHOLEC80, ["relaxed_fixed"])
-    assert set(score_folder(plain, Reading(plain, fps=1.0), CHOLEC80)[0]) == set(CONVENTIONS.names())
+    assert set(score_folder(plain, Reading(plain, fps=1.0), CHOLEC80)[0]) == set(CONVENTIONS.names()) - {"calibration"}
     m2cai = load_dataset("m2cai16-workflow")
     results, notes = score_folder(plain, Reading(plain, fps=1.0), m2cai)
-    assert set(results) == {"phase_mean", "video_macro", "pooled", "segmental"}
+    assert set(results) == {"phase_mean", "video_macro", "pooled", "segmental", "transitions", "phakir"}
     assert "relaxed_matlab and relaxed_fixed: left out, for the official script has rules for Cholec80" in notes[-1]
+    assert notes[-2].startswith("calibration: left out, for it needs a probability of each phase in each frame")
 
 
 def test_files_of_one_folder_may_have_different_forms(tmp_path):
@@ -450,9 +452,10 @@ def test_results_carry_what_they_mean(tmp_path):
         assert about["std"]
         assert about | expected[name]["about"] == about
         for metric in ("accuracy", "per_video"):
-            assert result[metric] == expected[name][metric]
-        interval = result["intervals"]["accuracy"]
-        assert interval["low"] <= interval["mean"] <= interval["high"]
+            assert result.get(metric) == expected[name].get(metric)
+        if "accuracy" in result:
+            interval = result["intervals"]["accuracy"]
+            assert interval["low"] <= interval["mean"] <= interval["high"]
     assert "video_balanced_accuracy" in results["pooled"]
 
 
@@ -466,3 +469,57 @@ def test_nothing_is_written_when_something_is_wrong(tmp_path):
     assert not out.parent.exists()
     evaluate_folder(truth, Reading(truth), CHOLEC80, ["pooled"], out=out)
     assert list(json.loads(out.read_text())) == ["pooled"]
+
+
+# ---------------------------------------------------------------------------------------------- probabilities
+
+
+def written(name: str, probabilities: np.ndarray, phases: list[int]) -> dict[str, str]:
+    """A file of predictions in one of the forms that have probabilities."""
+    cells = [",".join(f"{value:.6f}" for value in row) for row in probabilities]
+    rows_of = enumerate(zip(phases, cells, strict=True))
+    beside = [f"{25 * k},{k}.000,{p},{CHOLEC80.phases[p]},{c}" for k, (p, c) in rows_of]
+    header = ",".join(["frame", "time_s", "phase", "phase_name", *(f"p_{phase}" for phase in CHOLEC80.phases)])
+    return {
+        "columns": {"1": "\n".join([",".join(CHOLEC80.phases), *cells]) + "\n"},
+        "beside": {"1": "\n".join([header, *beside]) + "\n"},
+        "sparse": {"1": "\n".join([header, *(row for k, row in enumerate(beside) if k != 2)]) + "\n"},
+    }[name]
+
+
+@pytest.mark.parametrize("form", ["columns", "beside", "sparse"])
+def test_probabilities_in_files_give_calibration(tmp_path, form):
+    random = np.random.default_rng(3)
+    truth = [0, 0, 0, 1, 1, 1, 2, 2]
+    probabilities = random.dirichlet(np.ones(7), len(truth))
+    phases = probabilities.argmax(axis=1).tolist()
+    if form != "columns":
+        phases[4] = 6  # decoded: not the most probable one
+    files = folder(tmp_path / "p", **written(form, probabilities, phases))
+    labels = folder(tmp_path / "t", **{"1": rows(truth, 25)})
+    results, _ = score_folder(files, Reading(labels), CHOLEC80)
+    if form == "sparse":
+        phases[2] = NO_PREDICTION
+    known = {"video01": np.array(truth)}, {"video01": np.array(phases)}
+    expected = evaluate_phases(*known, CHOLEC80.phases, 1.0, scores={"video01": probabilities})
+    assert set(results) == set(CONVENTIONS.names())
+    for convention, keys in (("calibration", ("ece", "ece_near", "brier")), ("phakir", ("auroc", "f1"))):
+        for key in keys:
+            for what in ("mean", "pooled"):
+                values = (found[convention][key].get(what) or 0 for found in (results, expected))
+                assert next(values) == pytest.approx(next(values), rel=1e-4), (key, what)
+    assert results["calibration"]["intervals"]["ece_pooled"]["mean"] == results["calibration"]["ece"]["pooled"]
+
+
+def test_scores_that_are_no_probabilities_give_no_calibration(tmp_path):
+    truth, logits = [0, 1, 1], np.array([[3, 0, 0, 0, 0, 0, 0], [0, 4, 0, 0, 0, 0, 0], [0, 2, 1, 0, 0, 0, 0]], float)
+    files = folder(tmp_path / "p", **written("beside", logits, truth))
+    results, notes = score_folder(files, Reading(folder(tmp_path / "t", **{"1": rows(truth, 25)})), CHOLEC80)
+    assert "calibration" not in results
+    assert results["phakir"]["auroc"]["mean"] is None
+    assert sum("calibration: left out" in note for note in notes) == 1
+    path = files / "1.txt"
+    path.write_text(path.read_text().replace("4.000000", "nan"))
+    with pytest.raises(UserError, match=r"1\.txt: row 2 \(line 3\) has score 'nan', which is not a number") as caught:
+        score_folder(files, Reading(tmp_path / "t"), CHOLEC80)
+    assert "\n" not in str(caught.value)

@@ -92,7 +92,10 @@ def test_decoding_shows_both_heads_and_is_part_of_the_identity(
     assert offline["decoding"]["offline"] is True
     assert "phases are decoded" in "".join((tmp_path / "run/MODEL_CARD.md").read_text().lower().split("\n"))
     calibrated, _ = evaluate("test-calibrated", mode="calibrated")
-    assert calibrated["phases"]["temporal"] == plain["phases"]["temporal"]
+    changed = {
+        name for name, one in plain["phases"]["temporal"].items() if calibrated["phases"]["temporal"][name] != one
+    }
+    assert changed == {"calibration", "phakir"}  # AUROC compares probabilities across frames
     (temporal / "decoding.json").unlink()
     with pytest.raises(UserError, match=r"decoding.json: no such file, .*run train-temporal again"):
         evaluate(mode="causal")

@@ -20,6 +20,7 @@ from commands.report_runs import jpeg, report_runs
 from configs.errors import UserError
 from evaluation.files.truth import TRUTH_FILE, Truth, VideoTruth, read_truth, write_truth
 from evaluation.reports import html_tables as report_tables
+from evaluation.reports import plotly_base, plotly_curves
 from evaluation.reports import plotly_figures as report_figures
 from evaluation.reports.gather import Report, Thumbnail, disagreements, find_run, gather
 from evaluation.reports.page import render, safe_json, write_report
@@ -109,12 +110,25 @@ def test_ribbons_hold_one_bar_per_run(two: Report) -> None:
     assert figure.spec["data"][0]["customdata"][0].startswith("0:00:00 to 0:0")
 
 
+def test_the_reliability_diagram_shows_the_calibration_of_the_metrics(two: Report, folders: list[Path]) -> None:
+    metrics = json.loads((folders[0] / "evaluate/test/metrics.json").read_text())["phases"]["temporal"]["calibration"]
+    both, alone = (plotly_curves.reliability_diagram(found) for found in (two.runs, two.runs[:1]))
+    assert both is not None
+    assert alone is not None
+    assert [trace["name"] for trace in both.spec["data"]] == ["calibrated", "first", "second"]
+    assert f"first {metrics['ece']['pooled']:.1f} %" in both.alt
+    for key, trace in zip(("ece", "ece_near"), alone.spec["data"][1:], strict=True):
+        frames = np.array([int(text.replace(",", "")) for text in trace["customdata"]])
+        error = (np.abs(np.array(trace["x"]) - trace["y"]) * frames).sum() / frames.sum()
+        assert error == pytest.approx(metrics[key]["pooled"], abs=0.02)
+
+
 def test_every_figure_is_one_that_plotly_knows(two: Report) -> None:
     from plotly.graph_objects import Figure
 
     figures = report_figures.all_figures(two)
     kinds = {name.split("-")[0] for name in figures}
-    assert kinds == {"ribbon", "tools", "bars", "confusion", "curve", "training"}
+    assert kinds == {"ribbon", "tools", "bars", "confusion", "reliability", "curve", "training"}
     for figure in figures.values():
         Figure(figure.spec)  # raises for properties that do not exist
         json.dumps(figure.spec, allow_nan=False)
@@ -131,11 +145,11 @@ def test_bars_have_the_intervals_of_the_bootstrap(two: Report) -> None:
 
 
 def test_curves_end_where_everything_is_called_present(two: Report) -> None:
-    points = report_figures.curve_points(two.runs[0], 0)
+    points = plotly_curves.curve_points(two.runs[0], 0)
     assert points is not None
     recall, precision = points
     assert (np.diff(recall) >= 0).all()
-    assert len(recall) <= report_figures.CURVE_POINTS + 2
+    assert len(recall) <= plotly_curves.CURVE_POINTS + 2
     present = np.concatenate([video.tools[:, 0] for video in two.truth.videos.values()]).mean()
     assert (recall[-1], precision[-1]) == (100.0, pytest.approx(100 * present))
 
@@ -197,7 +211,7 @@ def test_names_in_files_for_papers_are_drawn_as_they_are(tmp_path: Path) -> None
     figures = report_figures.all_figures(report)
     draw_panels(tmp_path / "confusion.png", [figures["confusion-0"]])
     draw_panels(tmp_path / "others.png", [figures["tools-0"], figures["training-0"]])
-    assert report_figures.literal(report_figures.plain("<b> %{x} &lt;")) == "<b> %{x} &lt;"
+    assert plotly_base.literal(plotly_base.plain("<b> %{x} &lt;")) == "<b> %{x} &lt;"
 
 
 @pytest.mark.parametrize("text", ["</script>", "<!-- <script>", "a & b", "\u2028", "é"])
@@ -404,7 +418,7 @@ def test_truth_that_is_damaged(key: str, value: Any, folders: list[Path], tmp_pa
 
 @given(st.text(max_size=30))
 def test_plotly_shows_names_literally(name: str) -> None:
-    shown = report_figures.plain(name)
+    shown = plotly_base.plain(name)
     assert "<" not in shown
     assert "%{" not in shown
 
@@ -416,12 +430,12 @@ def test_text_on_every_colour_can_be_read() -> None:
         return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
     for colour in PALETTE:
-        light, dark = sorted([luminance(colour), luminance(report_figures.text_on(colour))], reverse=True)
+        light, dark = sorted([luminance(colour), luminance(plotly_base.text_on(colour))], reverse=True)
         assert (light + 0.05) / (dark + 0.05) >= 4.5
 
 
 def test_clock() -> None:
-    assert [report_figures.clock(seconds) for seconds in (0, 59.6, 3723)] == ["0:00:00", "0:01:00", "1:02:03"]
+    assert [plotly_base.clock(seconds) for seconds in (0, 59.6, 3723)] == ["0:00:00", "0:01:00", "1:02:03"]
 
 
 @pytest.mark.slow
@@ -435,7 +449,7 @@ def test_the_same_figures_for_papers(two: Report, tmp_path: Path) -> None:
         assert start == (b"%PDF" if path.suffix == ".pdf" else b"\x89PNG")
     with Image.open(tmp_path / "figures/phases-f1.png") as image:
         colours = {colour for _, colour in image.convert("RGB").getcolors(1 << 20) or ()}
-    assert {tuple(int(c[i : i + 2], 16) for i in (1, 3, 5)) for c in report_figures.RUN_COLOURS[:2]} <= colours
+    assert {tuple(int(c[i : i + 2], 16) for i in (1, 3, 5)) for c in plotly_base.RUN_COLOURS[:2]} <= colours
 
 
 def test_folders_that_are_no_run_say_what_is_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

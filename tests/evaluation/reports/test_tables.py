@@ -12,7 +12,14 @@ from configs.errors import UserError
 from evaluation.metrics.phases import evaluate_phases
 from evaluation.metrics.relaxed import CHOLEC80
 from evaluation.metrics.tools import evaluate_tools
-from evaluation.reports.tables import comparison_table, conventions_table, phase_table, segment_table, tool_table
+from evaluation.reports.tables import (
+    comparison_table,
+    conventions_table,
+    events_table,
+    others_table,
+    phase_table,
+    tool_table,
+)
 
 
 def shown(table, width: int = 80) -> str:
@@ -77,11 +84,19 @@ def test_comparison_has_one_row_per_model(results):
     assert [row.split()[0] for row in rows] == ["lstm", "per-frame", "majority"]
 
 
-def test_segment_table(results):
-    text = shown(segment_table(results))
+def test_other_scores_of_one_prediction(results):
+    text = shown(others_table(results))
     assert f"{results['segmental'].scores['f1@25'].pooled:.1f}" in text
-    assert "F1@50" in text
-    assert "Edit score" in text
+    for row in ("F1@50 [segmental]", "Edit score [segmental]", "False/h [transitions]", "AUROC [phakir]"):
+        assert row in text
+
+
+def test_events_have_one_row_per_model(results):
+    text = shown(events_table({"temporal": results, "majority": {"transitions": results["transitions"]}}))
+    rate = results["transitions"].scores["false_per_hour"].pooled
+    assert [line.split()[0] for line in text.splitlines() if f" {rate:.1f}" in line] == ["temporal", "majority"]
+    assert "PhaKIR: Balanced accuracy" in text
+    assert "ECE" not in text  # these have labels only
 
 
 def test_a_conventions_own_score_is_below_the_table(results):
@@ -109,5 +124,5 @@ def test_unknown_convention_is_one_clear_line(results):
         phase_table(results, "strict")
     with pytest.raises(UserError, match="'segmental'"):
         comparison_table({"lstm": results}, "segmental")
-    with pytest.raises(UserError, match="segmental"):
-        segment_table({})
+    with pytest.raises(UserError, match="no results of segments"):
+        others_table({})
