@@ -112,8 +112,8 @@ def test_long_videos_do_not_underflow() -> None:
         decided = viterbi.step(emission)
     assert decided is not None
     assert decided[0] == 0
-    assert np.isfinite(viterbi._score).all()
-    assert len(viterbi._links) == 2
+    other = np.array([[-80.0, -50.0, 0.0]])  # and still follows what it sees
+    assert [int(one[0]) for _ in range(6) if (one := viterbi.step(other)) is not None][-1] == 2
 
 
 @pytest.mark.parametrize("fps", [0.5, 1.0, 25.0])
