@@ -444,6 +444,32 @@ class SequenceConfig(Strict):
         return no_clips | ({"frames": "mode=full and inference=carried"} if whole else {})
 
 
+class SequenceAugmentConfig(Strict):
+    """Random changes of the training sequences of stage two, drawn anew in every epoch."""
+
+    speed: tuple[float, float] | None = Field(
+        None,
+        description="play each training video at a random speed from and to these, such as [0.5, 2.0], by repeating or "
+        "leaving out frames; null: as it is",
+    )
+    start: float = Field(
+        0.0, ge=0, le=1, description="probability that a training video begins at a random frame of its first half"
+    )
+    feature_dropout: float = Field(
+        0.0, ge=0, lt=1, description="fraction of the features that are set to their mean in a whole training sequence"
+    )
+    feature_noise: float = Field(
+        0.0, ge=0, le=10, description="standard deviation of noise that is added to standardised features in training"
+    )
+
+    @field_validator("speed")
+    @classmethod
+    def _in_order(cls, speed: tuple[float, float] | None) -> tuple[float, float] | None:
+        if speed is not None and not 0.1 <= speed[0] <= speed[1] <= 10:
+            raise ValueError("must be two speeds from 0.1 to 10, the lower one first")
+        return speed
+
+
 FeaturesIn = Literal["auto", "memory", "stream"]
 DecodingMode = Literal["none", "calibrated", "filter", "causal", "offline"]
 
@@ -487,7 +513,13 @@ class DecodingConfig(Strict):
 class TemporalConfig(LoopConfig):
     """Stage two: training a phase model on sequences of embeddings."""
 
-    OMITTED = LoopConfig.OMITTED | {"decoding", "smoothing_weight", "transition_weight", "transition_seconds"}
+    OMITTED = LoopConfig.OMITTED | {
+        "decoding",
+        "smoothing_weight",
+        "transition_weight",
+        "transition_seconds",
+        "augment",
+    }
 
     head: HeadConfig = LstmHead()
     sequence: SequenceConfig = SequenceConfig()
@@ -521,6 +553,7 @@ class TemporalConfig(LoopConfig):
         "results; auto: stream if the features would take more than 40 % of the available memory",
     )
     decoding: DecodingConfig = DecodingConfig()
+    augment: SequenceAugmentConfig = SequenceAugmentConfig()
 
 
 class JointNetConfig(Strict):

@@ -39,6 +39,7 @@ from features.dataset.catalogue import say_left_out
 from features.dataset.trained_on import inherited_from, record_training
 from features.frames.settings_match import require_features_of
 from features.video_labels import NO_LABEL
+from stage2_temporal.augment import FeatureNoise, resampled
 from stage2_temporal.data import Batch, FeatureBank, Span, TrainingData, epoch_batches, read_training_data, take
 from stage2_temporal.fit_decoding import write_decoding
 from stage2_temporal.heads.base import build_head, detach_state, first_rows
@@ -141,7 +142,10 @@ def train_head(
     model = _initial_model(head, config, data, constants, start)
     labelled = [count_labels(data.bank, data.train, track, width) for track, width in enumerate(data.widths)]
     criterion = TracksLoss(settings, labelled, processes.total)
-    of_frames = _weights_of_frames(settings, data)
+    of_frames, noise = (
+        _weights_of_frames(settings, data),
+        FeatureNoise(settings.augment, model.standardise, config.seed),
+    )
     frames = max(int(counts.sum()) for counts in labelled)
     groups = [{"params": model.head.parameters(), "name": "head"}]
     make_folder(folder)
@@ -152,10 +156,13 @@ def train_head(
         settings.epochs, head.name, "epoch", initial=session.position.epoch, disable=not processes.first
     ) as bar:
         for epoch in session.epochs():
-            batches = epoch_batches(data.train, settings.sequence, config.seed, epoch)
+            spans = resampled(data.train, settings.augment, config.seed, epoch)
+            batches = epoch_batches(spans, settings.sequence, config.seed, epoch)
             remaining = len(batches) - session.position.step
             started = time.monotonic()
-            _train_epoch(session, model, criterion, data.bank, batches, settings.sequence.mode == "chunked", of_frames)
+            _train_epoch(
+                session, model, criterion, data.bank, batches, settings.sequence.mode == "chunked", noise, of_frames
+            )
             seconds = max(time.monotonic() - started, 1e-9)
             if time.monotonic() - trimmed > TRIM_INTERVAL_S:
                 give_back_freed_memory()
@@ -192,6 +199,7 @@ def _train_epoch(
     bank: FeatureBank,
     batches: Sequence[Batch],
     carries: bool,
+    noise: FeatureNoise,
     of_frames: Tensor | None = None,
 ) -> None:
     """Train the remaining steps of an epoch; if `carries`, each batch passes its state on to the batch after it.
@@ -203,9 +211,10 @@ def _train_epoch(
     for (batch, counts), (x, labels) in session.batches(bank.gathered(shares), len(batches)):  # (B, T, D), (L, B, T)
         if not counts:
             labels.fill_(NO_LABEL)
+        numbers = bank.numbers(batch) if carries else batch.first.tolist()
         state = None if batch.fresh else first_rows(model.carried, len(batch))
         with session.autocast():
-            output = session.model(x, state, batch.lengths)
+            output = session.model(noise(x, session.position.epoch, numbers), state, batch.lengths)
         model.carried = detach_state(output.state) if carries and counts else ()
         weights = None if of_frames is None else take(of_frames.T, batch.rows_on(of_frames.device)).movedim(2, 0)
         loss = criterion(output.logits_per_stage, labels, weights)
