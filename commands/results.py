@@ -124,8 +124,8 @@ def evaluate_predictions(
     "metrics",
     multiple=True,
     metavar="NAME",
-    help="accuracy, precision, recall, jaccard, f1 or a registered metric; with --convention segmental: edit, f1@10, "
-    "f1@25 or f1@50. Repeatable. Default: all; with --matrix accuracy and f1.",
+    help="accuracy, precision, recall, jaccard, f1 or a registered metric; with --convention segmental, transitions, "
+    "calibration or phakir, one of theirs. Repeatable. Default: all; with --matrix accuracy and f1.",
 )
 @click.option("--matrix", is_flag=True, help="Show training sets against test sets instead of differences.")
 @click.option("--mapping", metavar="NAME", help="With --matrix: use evaluations made with this mapping of classes.")
