@@ -110,7 +110,7 @@ def test_near_a_transition_is_ten_seconds_on_both_sides():
     assert not near_transitions(np.zeros(30, int), 1.0).any()
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(seed=st.integers(0, 2**16), classes=st.integers(1, 4), frames=st.integers(1, 40))
 def test_bounds_and_videos_in_any_order(seed, classes, frames):
     rng = np.random.default_rng(seed)
