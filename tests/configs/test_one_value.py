@@ -71,7 +71,7 @@ def candidates(field: FieldInfo, now: Any) -> list[Any]:
     tried = [not now if isinstance(now, bool) else None, *literals(field.annotation)]
     if isinstance(now, int | float):
         tried += [now - 1, now + 1, now / 2, now * 2]
-    tried += [0.5, 1, 3, 320, "1/1/1", "video", [0.4, 0.3, 0.2], [0.5, 1.0]]
+    tried += [0.5, 1, 3, 320, 400, 200, "1/1/1", "video", [0.4, 0.3, 0.2], [0.5, 1.0]]
     tried += [["video77"], ["phases", "steps"], {"video77": "torn"}]
     kind = TypeAdapter(Annotated[(field.annotation, None, *field.metadata)])
     found = []
