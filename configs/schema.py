@@ -474,8 +474,10 @@ FeaturesIn = Literal["auto", "memory", "stream"]
 DecodingMode = Literal["none", "calibrated", "filter", "causal", "offline"]
 
 
-class DecodingConfig(Strict):
+class DecodingConfig(OmitsDefaults):
     """How `evaluate` and `predict` decode the probabilities of stage two (docs/decoding.md); no part of a training."""
+
+    OMITTED = frozenset({"tool_smoothing_s"})
 
     mode: DecodingMode = Field(
         "none",
@@ -492,6 +494,13 @@ class DecodingConfig(Strict):
         le=600,
         description="minimum duration of a segment, which no shorter one in the training labels contradicts; null: "
         "as fitted on the validation videos",
+    )
+    tool_smoothing_s: float = Field(
+        0.0,
+        ge=0,
+        le=600,
+        description="average the probabilities of tools over past frames, with weights that fall to 1/e within this "
+        "time; 0: single frames",
     )
 
     @model_validator(mode="after")

@@ -37,6 +37,7 @@ from features.store_folder import (
 )
 from stage2_temporal.data import require_tracks
 from stage2_temporal.decoding.chosen import ChosenDecoding, Videos
+from stage2_temporal.decoding.tools import smoothed_tool_logits
 from stage2_temporal.mapped import PhaseMapping
 from stage2_temporal.model import PhaseModel
 from stage2_temporal.predict import (
@@ -106,16 +107,17 @@ def evaluate_run(
     say_left_out(index)
 
     probe = None if common else _tool_probe(run, videos, index, split, config.data.allow_overlap)
-    thresholds, tracks = _thresholds(folder, index, probe), () if common else about.further_tracks
-    identity = _identity(temporal, videos, index, split, inference, thresholds, tracks, common, probe, chosen).digest
-    fps = float(next(iter(videos.values())).attributes["fps"])
+    tools = _Tools(probe, config.temporal.decoding.tool_smoothing_s)
+    thresholds, tracks = _thresholds(folder, index, tools), () if common else about.further_tracks
+    identity = _identity(temporal, videos, index, split, inference, thresholds, tracks, common, tools, chosen).digest
+    fps = _fps(videos)
     labels = GroundTruth(index, split, fps, videos, known_root(config), tracks)
     truth = common.of_truth(labels) if common else labels
     evaluation = None if redo else _made_before(out, identity)
     if evaluation is not None:
         say(f"{out}: unchanged")
     else:
-        predicted = _predicted(config, temporal, videos, inference, thresholds, common, stop, probe, chosen)
+        predicted = _predicted(config, temporal, videos, inference, thresholds, common, stop, tools, chosen)
         evaluation = score_and_write(
             out,
             truth,
@@ -126,9 +128,26 @@ def evaluate_run(
             tool_probe=probe.to_json() if probe else None,
             offline=_offline_heads(model, chosen),
             decoding=chosen.to_json() if chosen else None,
+            tool_smoothing_s=tools.smoothing_s or None,
         )
     report(run, out, truth, evaluation)
     return evaluation
+
+
+@dataclass(frozen=True)
+class _Tools:
+    """How tools are recognised: by the net that made the features or a probe of them, smoothed over `smoothing_s`."""
+
+    probe: ToolProbe | None
+    smoothing_s: float
+
+    def logits(self, videos: Mapping[str, VideoFeatures]) -> dict[str, NDArray[np.float32]]:
+        """The logits (T, K) of the videos of which tools can be recognised."""
+        return smoothed_tool_logits(tool_logits_of(videos, self.probe), self.smoothing_s, _fps(videos))
+
+
+def _fps(videos: Mapping[str, VideoFeatures]) -> float:
+    return float(next(iter(videos.values())).attributes["fps"])
 
 
 @dataclass(frozen=True)
@@ -318,7 +337,7 @@ def _identity(
     thresholds: Mapping[str, float] | None,
     tracks: Sequence[str],
     common: PhaseMapping | None,
-    probe: ToolProbe | None,
+    tools: _Tools,
     decoding: ChosenDecoding | None,
 ) -> StageIdentity:
     """Everything that an evaluation depends on.
@@ -348,7 +367,8 @@ def _identity(
             "left_out": index.left_out_records(),
             "plugins": plugin_names() or ABSENT,
             "mapping": common.to_json() if common else ABSENT,
-            "tool_probe": probe.to_json() if probe else ABSENT,
+            "tool_probe": tools.probe.to_json() if tools.probe else ABSENT,
+            "tool_smoothing_s": tools.smoothing_s or ABSENT,
             "decoding": decoding.to_json() if decoding else ABSENT,
         }
     )
@@ -398,19 +418,18 @@ def _predicted(
     thresholds: Mapping[str, float] | None,
     common: PhaseMapping | None,
     stop: StopRequest,
-    probe: ToolProbe | None,
+    tools: _Tools,
     decoding: ChosenDecoding | None,
 ) -> Predicted:
     """The predictions of both heads, of every track, and of the majority class, in the common vocabulary if given."""
     by_track: dict[str, Mapping[str, Videos]] = {**_probabilities(config, temporal, videos, inference, stop)}
     labels = {}
     if decoding:
-        fps = float(next(iter(videos.values())).attributes["fps"])
         for track, heads in by_track.items():
-            by_track[track], labels[track] = decoding.of_heads(track, fps, heads)
+            by_track[track], labels[track] = decoding.of_heads(track, _fps(videos), heads)
     predicted = Predicted(
         probabilities=by_track.pop(MAIN_TRACK),
-        tool_logits=tool_logits_of(videos, probe),
+        tool_logits=tools.logits(videos),
         majority=recorded_majority(temporal / RESULT_FILE, required=True),
         thresholds=thresholds,
         tracks=_of_tracks(temporal, by_track, labels),
@@ -452,7 +471,7 @@ def _tool_probe(
     return probe
 
 
-def _thresholds(folder: Path, index: Index, probe: ToolProbe | None) -> Mapping[str, float] | None:
+def _thresholds(folder: Path, index: Index, tools: _Tools) -> Mapping[str, float] | None:
     """A threshold per tool, chosen on the validation videos.
 
     None if a validation video has no features, or if none has tool labels.
@@ -462,4 +481,4 @@ def _thresholds(folder: Path, index: Index, probe: ToolProbe | None) -> Mapping[
         return None
     videos = load_feature_set(folder, ids, in_memory=False)
     labels = {name: video.tools for name, video in videos.items()}
-    return validation_thresholds(labels, tool_logits_of(videos, probe), index.dataset.tools)
+    return validation_thresholds(labels, tools.logits(videos), index.dataset.tools)

@@ -54,6 +54,7 @@ from stage1_cnn.encoders.calibration import FromStore
 from stage1_cnn.encoders.encoder import load_encoder
 from stage2_temporal.data import with_tool_logits
 from stage2_temporal.decoding.chosen import ChosenDecoding
+from stage2_temporal.decoding.tools import ToolSmoother
 from stage2_temporal.heads.base import require_causal
 from stage2_temporal.model import PhaseModel
 from stage2_temporal.predict import OnlinePredictor, as_trained, chosen_inference, load_temporal, other_encoder
@@ -90,7 +91,14 @@ class Recogniser:
         """Everything that a prediction depends on, apart from the video."""
         clip_frames = self.clip_frames if self.inference == "clip" else None
         found = {**self.weights, "inference": self.inference, "clip_frames": clip_frames, "fps": self.config.data.fps}
+        smoothing_s = self.tool_smoothing_s
+        found |= {"tool_smoothing_s": smoothing_s} if smoothing_s else {}
         return found | ({"decoding": self.decoding.to_json()} if self.decoding else {})
+
+    @property
+    def tool_smoothing_s(self) -> float:
+        """The time over which the probabilities of tools are smoothed; 0 for single frames."""
+        return self.config.temporal.decoding.tool_smoothing_s
 
 
 @dataclass
@@ -304,12 +312,13 @@ class _Video:
             known = self._recogniser
             self._online = OnlinePredictor(known.phase, known.inference, known.clip_frames, known.config.device)
             self._phases: list[NDArray[np.float32]] = []
+            self._smoother = ToolSmoother(known.tool_smoothing_s, known.config.data.fps)
             self._tools: list[NDArray[np.float64]] = []
         elif message is not None:
             embedding, logits = self._recogniser.encode(message)  # (N, D), (N, K)
             self._phases += [self._online.step(frame) for frame in embedding]
             if logits is not None:
-                self._tools.append(sigmoid(logits))
+                self._tools.append(self._smoother.step(sigmoid(logits)))
         else:
             self._write()
 

@@ -192,6 +192,7 @@ def score_and_write(
     tool_probe: Mapping[str, Any] | None = None,
     offline: Collection[str] = (),
     decoding: Mapping[str, Any] | None = None,
+    tool_smoothing_s: float | None = None,
 ) -> Evaluation:
     """Compute the metrics of every head and of the tools, and write them to `out`.
 
@@ -229,6 +230,7 @@ def score_and_write(
         mapping=mapping,
         tool_probe=tool_probe,
         decoding=decoding,
+        tool_smoothing_s=tool_smoothing_s,
         joint=joint,
     )
     make_folder(out)
@@ -331,6 +333,8 @@ def _print_tables(truth: GroundTruth, evaluation: Evaluation) -> None:
             what = "phase" if track == MAIN_TRACK else track
             say(f"note: no {what} labels in these videos, so no {what} metrics")
     if evaluation.tools:
+        if evaluation.tool_smoothing_s:
+            say(f"tools: probabilities averaged over the past, {evaluation.tool_smoothing_s:g} s (tool_smoothing_s)")
         console.print(tool_table(evaluation.tools))
     else:
         unlabelled = truth.videos.keys() <= set(truth.without_labels["tools"])

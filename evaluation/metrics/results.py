@@ -257,6 +257,7 @@ class Evaluation(Record):
     for a run that recognises phases only. `tool_probe` has C, validation mAP (a fraction) and the hash of the linear
     probe of the features that recognised the tools; None for tools of the net itself. `decoding` says how the
     predictions of `temporal` were decoded, beside which there is then the head `undecoded`; None if they were not.
+    `tool_smoothing_s` is the time over which the probabilities of tools were averaged; None for single frames.
     """
 
     split: str
@@ -275,6 +276,7 @@ class Evaluation(Record):
     mapping: Mapping[str, Any] | None = None
     tool_probe: Mapping[str, Any] | None = None
     decoding: Mapping[str, Any] | None = None
+    tool_smoothing_s: float | None = None
     joint: JointDetails | None = field(default=None, metadata=FLAT)
 
     @classmethod

@@ -82,8 +82,10 @@ class ChosenDecoding:
 
 def require_none(config: Config, where: Path) -> None:
     """Raise UserError if the settings choose a decoding, for a joint net, which has none."""
-    if (mode := config.temporal.decoding.mode) != "none":
-        raise UserError(
-            f"temporal.decoding.mode={mode}: {where} is a joint net, and a decoding is fitted to stage two only; set "
-            "temporal.decoding.mode=none, or train stage two on its features (extract --from-joint)"
-        )
+    settings = config.temporal.decoding
+    for name, value, off in (("mode", settings.mode, "none"), ("tool_smoothing_s", settings.tool_smoothing_s, 0)):
+        if value != off:
+            raise UserError(
+                f"temporal.decoding.{name}={value}: {where} is a joint net, and only stage two is decoded; set "
+                f"temporal.decoding.{name}={off}, or train stage two on its features (extract --from-joint)"
+            )
