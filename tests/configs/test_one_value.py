@@ -109,6 +109,9 @@ def test_one_value_changes_nothing_else(preset: str) -> None:
     given = {key: other_value(preset, key, field, flat.get(key)) for key, field in fields_of(Config, before)}
     for key, override in given.items():
         result = outcome(preset, override)
+        if isinstance(result, str) and key == "cnn.augment.crop":
+            assert "windows lie anywhere" in result  # of a preset with windows of random size
+            continue
         if isinstance(result, str):  # steps of the schedule ask for branches of the net
             assert key.startswith("joint.")
             assert key.split(".")[1] in result
