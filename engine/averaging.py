@@ -9,6 +9,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 class MovingAverage(AveragedModel):
     """A copy of a model, `module`, that holds the moving average of its parameters and floating-point buffers.
 
+    Other buffers, such as counters, are the model's own.
+
     After step n (from 0) the average keeps the fraction min(decay, (1 + n) / (10 + n)) of itself. A short training
     would otherwise end with an average of its first steps. The average begins with the weights after the first step.
     """
@@ -22,3 +24,6 @@ class MovingAverage(AveragedModel):
         n = int(self.n_averaged)  # type: ignore[operator]  # on the CPU, where reading it waits for nothing
         self.multi_avg_fn = get_ema_multi_avg_fn(min(self.decay, (1 + n) / (10 + n)))
         super().update_parameters(model)
+        for ours, theirs in zip(self.module.buffers(), model.buffers(), strict=True):
+            if not ours.is_floating_point():
+                ours.copy_(theirs)

@@ -280,6 +280,8 @@ def _notes(pairs: Mapping[str, _Pair], paired: Paired, reading: Reading, spec: D
     ):
         if missing := sum(file.missing for file in files):
             notes.append(f"{missing} {name} rows are missing, according to the frame numbers in their files")
+    if unread := [pair.guess.unread for pair in pairs.values() if pair.guess.unread]:
+        notes.append(f"scores of {len(unread)} prediction files are not used: {unread[0]}")
     if unlabelled := sum(int((track < 0).sum()) for track in paired.truth.values()):
         notes.append(f"{unlabelled} frames have no label in the ground truth and are not scored")
     if unscored := sum(pair.rows.unscored for pair in pairs.values()):

@@ -50,7 +50,8 @@ class PhaseFile:
     file's own unit, or None without such a column. `fps` is the rate of the rows if the file has a column of seconds.
     `numbered` says that the file contained ids or a column per phase, rather than names. `missing` is the number of
     rows of `phase` and `frame` that were filled in because the frame numbers skip them. `scores` (T, C) are the
-    probabilities in the data set's order, or None if the file has none; one-hot rows and logits are none.
+    probabilities in the data set's order, or None if the file has none; one-hot rows and logits are none. `unread`
+    says why scores beside a phase are not used, for some are no numbers.
     """
 
     path: Path
@@ -61,6 +62,7 @@ class PhaseFile:
     header: bool
     missing: int = 0
     scores: NDArray[np.float64] | None = None
+    unread: str = ""
 
     @property
     def step(self) -> float | None:
@@ -135,12 +137,15 @@ def read_external_phases(path: Path, spec: DataSetSpec, order: Sequence[str] | N
     """
     header, rows, where = _table(path, spec)
     columns = _columns(where, header, rows, spec)
-    scores = None
+    scores, unread = None, ""
     if isinstance(columns["phase"], tuple):
         phase, numbered = _phases(where, columns["phase"], spec, order or spec.phases)
         if "scores" in columns:
-            values = _values(where, columns["scores"], phase >= 0)
-            scores = values if _are_probabilities(values[phase >= 0]) else None
+            try:
+                values = _values(where, columns["scores"], phase >= 0)
+                scores = values if _are_probabilities(values[phase >= 0]) else None
+            except UserError as error:  # the prediction does not need them
+                unread = str(error)
     else:
         (phase, scores), numbered = _of_scores(where, columns["phase"], spec, order), True
     if "name" in columns:
@@ -158,7 +163,7 @@ def read_external_phases(path: Path, spec: DataSetSpec, order: Sequence[str] | N
         phase, frame, rows_of = _with_missing_rows(where, phase, frame, time_s)
         scores = None if scores is None else scores[rows_of]
     fps = None if time_s is None or len(time_s) < 2 else 1.0 / _usual_step(np.diff(time_s))[0]
-    return PhaseFile(path, phase, frame, fps, numbered, header is not None, len(phase) - given, scores)
+    return PhaseFile(path, phase, frame, fps, numbered, header is not None, len(phase) - given, scores, unread)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from evaluation.metrics.results import PhaseAbout, PhaseResults
 from evaluation.metrics.transitions import changes
 
 BINS = 15
-NEAR_S = 10.0  # a frame is near a transition within this time
+NEAR_S = 10.0  # a frame is near a transition up to this time before or after it
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,14 @@ def brier_scores(scores: FloatArray, truth: IntArray) -> FloatArray:
 
 
 def near_transitions(truth: IntArray, fps: float) -> BoolArray:
-    """Return whether each frame (T,) is within 10 s of a transition of the truth, before or after it.
+    """Return whether each frame (T,) is near a transition of the truth.
 
-    If frames without a label lie between two phases, it is within 10 s of the last frame of the first phase or the
-    first frame of the second one.
+    These are the frames up to 10 s before the last frame of one phase, up to 10 s after the first frame of the next
+    one, and those between the two, which have no label.
     """
     near, window = np.zeros(len(truth), bool), int(NEAR_S * fps + 1e-9)
     for first, last, _ in changes(truth):
-        near[max(first - window, 0) : last + window] = True
+        near[max(first - 1 - window, 0) : last + window + 1] = True
     return near
 
 

@@ -318,6 +318,7 @@ def test_the_best_checkpoint_holds_the_moving_average_of_weights_and_running_sta
         assert found.keys() == expected.keys()
         for name in ("0.weight", "0.bias", "1.weight", "1.bias", "1.running_mean", "1.running_var"):
             assert torch.allclose(found[name], expected[name], atol=1e-6), name
+        assert torch.equal(found["1.num_batches_tracked"], weights["1.num_batches_tracked"])
         assert torch.equal(load_checkpoint(tmp_path / "last.pt")["model"]["0.weight"], weights["0.weight"])
 
 

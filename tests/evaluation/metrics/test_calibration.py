@@ -101,12 +101,17 @@ def test_pooled_values_are_those_of_all_frames_as_one():
     assert found["brier"]["pooled"] == pytest.approx(100 * brier_scores(s, y).mean())
 
 
-def test_near_a_transition_is_ten_seconds_on_both_sides():
-    labels = np.repeat([0, 1], 50)
-    assert np.flatnonzero(near_transitions(labels, 1.0)).tolist() == list(range(40, 60))
-    assert near_transitions(labels, 2.0).sum() == 40
-    gap = np.repeat([0, -1, 1], [30, 20, 30])
-    assert np.flatnonzero(near_transitions(gap, 1.0)).tolist() == list(range(20, 60))
+@pytest.mark.parametrize(("fps", "reach"), [(0.25, 2), (1.0, 10), (29.97, 299), (25.0, 250)])
+@pytest.mark.parametrize("gap", [0, 20])
+def test_near_a_transition_is_ten_seconds_on_both_sides(fps, reach, gap):
+    """From the last frame of one phase and the first frame of the next."""
+    labels = np.repeat([0, -1, 1], [300, gap, 300])
+    expected = range(299 - reach, 300 + gap + reach + 1)
+    assert np.flatnonzero(near_transitions(labels, fps)).tolist() == list(expected)
+
+
+def test_without_a_transition_no_frame_is_near_one():
+    assert not near_transitions(np.zeros(30, int), 1.0).any()
     assert not near_transitions(np.zeros(30, int), 1.0).any()
 
 
