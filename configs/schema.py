@@ -486,7 +486,7 @@ class DecodingConfig(OmitsDefaults):
         "labels; causal: the same by Viterbi, with minimum durations and a lag; offline: Viterbi over whole videos",
     )
     lag_s: float = Field(
-        0.0, ge=0, le=600, description="mode=causal: decide a frame only when this much of what follows has been seen"
+        0.0, ge=0, le=60, description="mode=causal: decide a frame only when this much of what follows has been seen"
     )
     min_duration_s: float | None = Field(
         None,

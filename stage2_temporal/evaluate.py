@@ -94,7 +94,7 @@ def evaluate_run(
     chosen_inference(inference, about.inference, model, temporal)
     if about.encoder:
         require_features_of(about.encoder, config, given, temporal / BEST_FILE)
-    chosen = ChosenDecoding.of_run(temporal, config.temporal.decoding, about.classes)
+    chosen = ChosenDecoding.of_run(temporal, config.temporal.decoding, about.classes, about.inference, inference)
     source = _Source(config, run, split, features, inference, mapping, decoding)
     folder, index, out = source.own(given) if index_file is None else source.other(index_file)
     common = PhaseMapping.read(mapping, about.dataset, about.phases, index) if mapping else None
@@ -127,7 +127,7 @@ def evaluate_run(
             mapping=common.to_json() if common else None,
             tool_probe=probe.to_json() if probe else None,
             offline=_offline_heads(model, chosen),
-            decoding=chosen.to_json() if chosen else None,
+            decoding=chosen.to_json(fps) if chosen else None,
             tool_smoothing_s=tools.smoothing_s or None,
         )
     report(run, out, truth, evaluation)
@@ -369,7 +369,7 @@ def _identity(
             "mapping": common.to_json() if common else ABSENT,
             "tool_probe": tools.probe.to_json() if tools.probe else ABSENT,
             "tool_smoothing_s": tools.smoothing_s or ABSENT,
-            "decoding": decoding.to_json() if decoding else ABSENT,
+            "decoding": decoding.to_json(_fps(videos)) if decoding else ABSENT,
         }
     )
 

@@ -55,4 +55,5 @@ def write_decoding(folder: Path, config: Config, data: TrainingData, device: tor
         train=tuple(data.split["train"]),
         val=tuple(data.split["val"]),
         tracks=tracks,
+        inference=config.temporal.sequence.inference,
     ).write(folder)

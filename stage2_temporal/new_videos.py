@@ -93,7 +93,7 @@ class Recogniser:
         found = {**self.weights, "inference": self.inference, "clip_frames": clip_frames, "fps": self.config.data.fps}
         smoothing_s = self.tool_smoothing_s
         found |= {"tool_smoothing_s": smoothing_s} if smoothing_s else {}
-        return found | ({"decoding": self.decoding.to_json()} if self.decoding else {})
+        return found | ({"decoding": self.decoding.to_json(self.config.data.fps)} if self.decoding else {})
 
     @property
     def tool_smoothing_s(self) -> float:
@@ -140,7 +140,7 @@ def pair_of_stages(
     model, about = load_temporal(folder)
     require_causal(model.head)
     inference = chosen_inference(inference, about.inference, model, folder)
-    decoding = ChosenDecoding.of_run(folder, config.temporal.decoding, about.classes)
+    decoding = ChosenDecoding.of_run(folder, config.temporal.decoding, about.classes, about.inference, inference)
     recorded = about.encoder
     if not recorded:
         raise UserError(f"{folder / 'best.pt'}: does not record the encoder of its features; train it again")

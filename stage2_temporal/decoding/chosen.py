@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import UserError
-from configs.schema import Config, DecodingConfig
+from configs.schema import Config, DecodingConfig, Inference
 from engine.files import sha256_file
 from evaluation.metrics.results import HEAD, UNDECODED
-from stage2_temporal.decoding.decoder import Decoder, decode
+from stage2_temporal.decoding.decoder import Decoder, decode, lag_frames
 from stage2_temporal.decoding.fitted import DECODING_FILE, FittedDecoding, load_decoding
 
 Videos = Mapping[str, NDArray[np.float32]]  # probabilities (T, C) by video
@@ -30,22 +30,39 @@ class ChosenDecoding:
 
     @classmethod
     def of_run(
-        cls, folder: Path, settings: DecodingConfig, classes: Mapping[str, Sequence[str]]
+        cls,
+        folder: Path,
+        settings: DecodingConfig,
+        classes: Mapping[str, Sequence[str]],
+        trained: Inference,
+        asked: Inference | None = None,
     ) -> ChosenDecoding | None:
         """The decoding of the run whose stage two is in `folder`, with these classes of each track.
 
-        None if the settings choose none. Raises UserError as `load_decoding` does.
+        `trained` is the inference mode of its training, and `asked` another one that the user asked for. None if the
+        settings choose none. Raises UserError as `load_decoding` does, and if the parameters were fitted to the
+        probabilities of another inference mode.
         """
         if settings.mode == "none":
             return None
-        return cls(load_decoding(folder, classes), settings, sha256_file(folder / DECODING_FILE))
+        found = load_decoding(folder, classes)
+        fitted = found.inference or trained
+        if asked not in (None, fitted):
+            raise UserError(
+                f"--inference {asked}: {folder / DECODING_FILE} was fitted to --inference {fitted}; leave it out, or "
+                "add --decoding none"
+            )
+        return cls(found, settings, sha256_file(folder / DECODING_FILE))
 
-    def to_json(self) -> dict[str, Any]:
-        """What results depend on, and how far ahead a decision looks: at nothing, at `lag_s`, or at the whole video."""
+    def to_json(self, fps: float) -> dict[str, Any]:
+        """What results at `fps` depend on, and how far ahead a decision looks.
+
+        That is nothing, `lag_s` (of whole frames, so it may be less than in the settings), or the whole video.
+        """
         mode, given = self.settings.mode, self.settings.min_duration_s
         found: dict[str, Any] = {"mode": mode, "fitted_sha256": self.sha256}
         if mode in ("causal", "offline"):
-            found |= {"offline": True} if mode == "offline" else {"lag_s": self.settings.lag_s}
+            found |= {"offline": True} if mode == "offline" else {"lag_s": lag_frames(self.settings.lag_s, fps) / fps}
         of_tracks = {}
         for name, one in self.fitted.tracks.items():
             of_tracks[name] = {"temperature": one.temperature}
@@ -71,9 +88,14 @@ class ChosenDecoding:
     ) -> tuple[dict[str, Videos], dict[str, dict[str, NDArray[np.int8]]]]:
         """The probabilities of the heads, with those of `temporal` decoded, and its labels {head: {video: (T,)}}.
 
-        The undecoded ones become those of a further head.
+        The undecoded ones become those of a further head. Raises UserError for probabilities that are not finite.
         """
-        found = {name: self.decode(track, fps, values) for name, values in heads[HEAD].items()}
+        found = {}
+        for name, values in heads[HEAD].items():
+            try:
+                found[name] = self.decode(track, fps, values)
+            except UserError as error:
+                raise UserError(f"{name}, {error}") from error
         decoded = {name: values for name, (_, values) in found.items()}
         others = {head: videos for head, videos in heads.items() if head != HEAD}
         labels = {name: one for name, (one, _) in found.items()}

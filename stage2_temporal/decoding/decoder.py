@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from configs.errors import UserError
 from configs.schema import DecodingConfig
 from evaluation.metrics.counts import FloatArray
 from stage2_temporal.decoding.calibration import log_probabilities, scaled
@@ -29,36 +31,50 @@ class Decoder:
     of the frames; `finish` returns the rest, and afterwards there are as many decisions as frames. With `mode=filter` a
     decision depends on the frame and those before it, and the class is the most probable one. With `mode=causal` the
     class depends on the `lag_s` seconds after the frame too, and the probabilities on nothing later than the frame.
-    With `mode=offline` all decisions are made by `finish`, from the whole video.
+    With `mode=offline` all decisions are made by `finish`, from the whole video. `settings.mode` is not `none`.
     """
 
     def __init__(self, fitted: TrackDecoding, settings: DecodingConfig, fps: float) -> None:
-        self._fitted, self._mode, self._fps = fitted, settings.mode, fps
-        offline = settings.mode == "offline"
-        minimum = fitted.min_duration_s if settings.min_duration_s is None else settings.min_duration_s
-        lag = None if offline else round(settings.lag_s * fps)
-        self._viterbi = Viterbi(Chains.of(fitted.graph, fps, minimum), lag)
-        self._filter = ForwardFilter(fitted.graph, fps)
+        self._fitted, self._fps, self._offline = fitted, fps, settings.mode == "offline"
+        self._frames = 0
+        self._filter = None if settings.mode == "calibrated" else ForwardFilter(fitted.graph, fps)
+        self._viterbi: Viterbi | None = None
+        if settings.mode in ("causal", "offline"):
+            minimum = fitted.min_duration_s if settings.min_duration_s is None else settings.min_duration_s
+            lag = None if self._offline else lag_frames(settings.lag_s, fps)
+            self._viterbi = Viterbi(Chains.of(fitted.graph, fps, minimum), lag)
         self._posteriors: deque[FloatArray] = deque()  # of the frames without a decision, each (1, C)
         self._emissions: list[FloatArray] = []  # only offline
 
     def step(self, probabilities: ArrayLike) -> list[Decision]:
-        """The decisions that are final with this frame, whose probabilities are (C,)."""
-        fitted, log_p = self._fitted, log_probabilities(np.asarray(probabilities))[None]
-        if self._mode in ("none", "calibrated"):
-            return [_most_probable(log_p, fitted.temperature if self._mode == "calibrated" else 1.0)]
+        """The decisions that are final with this frame, whose probabilities are (C,).
+
+        Raises UserError if they are not finite, which would spoil all later decisions.
+        """
+        given = np.asarray(probabilities)
+        if not np.isfinite(given).all():
+            raise UserError(
+                f"sampled frame {self._frames}: the net gave a probability that is not finite, so it has diverged, or "
+                "its input is damaged"
+            )
+        self._frames += 1
+        fitted, log_p = self._fitted, log_probabilities(given)[None]
+        if self._filter is None:
+            return [_most_probable(log_p, fitted.temperature)]
         emission = fitted.emissions(log_p, self._fps, fitted.filter_kappa)
         posterior = self._filter.step(emission)
-        if self._mode == "filter":
+        if self._viterbi is None:
             return [_most_probable(log_probabilities(posterior), fitted.filter_temperature)]
         self._posteriors.append(posterior)
-        if self._mode == "offline":
+        if self._offline:
             self._emissions.append(emission)
         decided = self._viterbi.step(fitted.emissions(log_p, self._fps, fitted.viterbi_kappa))
         return [] if decided is None else [self._decision(int(decided[0]), fitted.filter_temperature)]
 
     def finish(self) -> list[Decision]:
         """The decisions of the remaining frames, at the end of the video."""
+        if self._viterbi is None:
+            return []
         temperature = self._fitted.filter_temperature
         if self._emissions:
             past = np.stack(list(self._posteriors))
@@ -69,6 +85,11 @@ class Decoder:
     def _decision(self, label: int, temperature: float) -> Decision:
         posterior = self._posteriors.popleft()[0]
         return Decision(label, scaled(log_probabilities(posterior), temperature).astype(np.float32))
+
+
+def lag_frames(lag_s: float, fps: float) -> int:
+    """How many frames at `fps` a lag has: never more than `lag_s` seconds."""
+    return math.floor(lag_s * fps + 1e-9)
 
 
 def _most_probable(log_p: FloatArray, temperature: float) -> Decision:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from configs.errors import UserError, one_line
+from configs.schema import Inference
 from engine.files import read_json, sha256_file, write_json
 from engine.records import Record
 from engine.runs import BEST_FILE
@@ -80,7 +81,8 @@ class FittedDecoding(Record):
     """The content of `decoding.json`.
 
     `weights_sha256` is the hash of the checkpoint whose probabilities were used. The graphs were learnt from the labels
-    of the videos `train`, and the parameters fitted on those of `val`, at `fps`.
+    of the videos `train`, and the parameters fitted on those of `val`, at `fps` and with `inference` (None in files of
+    earlier versions: that of the training).
     """
 
     weights_sha256: str
@@ -88,6 +90,7 @@ class FittedDecoding(Record):
     train: tuple[str, ...]
     val: tuple[str, ...]
     tracks: Mapping[str, TrackDecoding]
+    inference: Inference | None = None
 
     def write(self, folder: Path) -> None:
         """Write `decoding.json` into the folder of stage two."""

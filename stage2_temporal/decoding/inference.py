@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
@@ -52,7 +53,8 @@ class Chains:
 class Viterbi:
     """The most probable path, of which the class of a frame is decided when `lag` further frames are known.
 
-    With `lag` None it is decided at the end. The state is one score per state and `lag` links per class.
+    With `lag` None it is decided at the end. The state is one score per state and `lag` links per class, which each
+    decision follows.
     """
 
     def __init__(self, chains: Chains, lag: int | None, batch: int = 1) -> None:
@@ -96,7 +98,7 @@ class Viterbi:
         assert self._score is not None
         chains, states = self._chains, self._score.argmax(axis=1)
         found = [chains.of_state[states]]
-        for origin, kept in list(self._links)[::-1][: frames - 1]:
+        for origin, kept in islice(reversed(self._links), frames - 1):
             one = found[-1]
             stays = (states == chains.last[one]) & kept[self._rows, one]
             entered = chains.last[origin[self._rows, one]]

@@ -13,6 +13,7 @@ from configs.errors import UserError
 from configs.schema import Config, DecodingConfig
 from engine.stopping import StopRequest
 from evaluation.files.predictions import read_prediction_csv
+from stage2_temporal.decoding.chosen import ChosenDecoding
 from stage2_temporal.decoding.decoder import decode
 from stage2_temporal.decoding.fitted import load_decoding
 from stage2_temporal.evaluate import evaluate_run
@@ -100,3 +101,38 @@ def test_decoding_shows_both_heads_and_is_part_of_the_identity(
     with pytest.raises(UserError, match=r"decoding.json: no such file, .*run train-temporal again"):
         evaluate(mode="causal")
     assert "identity_sha256" in evaluate()[0]
+
+
+@pytest.fixture
+def chosen(train: Any, tmp_path: Path) -> Any:
+    """`chosen(trained, asked, **settings)`: the decoding of a run of one epoch."""
+    train(temporal={"epochs": 1, "baseline": False})
+    classes = {"phases": spec().phases}
+
+    def of(trained: Any = "carried", asked: Any = None, **settings: Any) -> ChosenDecoding:
+        folder, settings_of = tmp_path / "run/temporal", DecodingConfig(**settings)
+        found = ChosenDecoding.of_run(folder, settings_of, classes, trained, asked)
+        assert found
+        return found
+
+    return of
+
+
+def test_a_decoding_is_used_with_the_inference_to_which_it_was_fitted(chosen: Any, tmp_path: Path) -> None:
+    path = tmp_path / "run/temporal/decoding.json"
+    assert json.loads(path.read_text())["inference"] == "carried"
+    assert chosen(asked="carried", mode="filter")
+    with pytest.raises(UserError, match=r"--inference clip: .*decoding.json was fitted to --inference carried; leave"):
+        chosen(asked="clip", mode="filter")
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "inference"}))
+    assert chosen(trained="clip", asked="clip", mode="filter")  # of an earlier version: fitted as in training
+    with pytest.raises(UserError, match="fitted to --inference clip"):
+        chosen(trained="clip", asked="carried", mode="filter")
+
+
+def test_a_decoding_says_how_far_it_really_looks_ahead_and_in_which_video_it_fails(chosen: Any) -> None:
+    looks = {fps: chosen(mode="causal", lag_s=3).to_json(fps)["lag_s"] for fps in (0.25, 0.5, 1.0, 2.5)}
+    assert looks == {0.25: 0, 0.5: 2, 1.0: 3, 2.5: 2.8}
+    damaged = {"video08": np.full((3, len(spec().phases)), np.nan, np.float32)}
+    with pytest.raises(UserError, match=r"^video08, sampled frame 0: "):
+        chosen(mode="filter").of_heads("phases", 1.0, {"temporal": damaged})

@@ -21,7 +21,7 @@ def test_frame_by_frame_equals_the_whole_video(train: Any, tmp_path: Path, cue_f
     whole = predict_phases(model, videos, about.inference, about.frames, "cpu")["video08"]
 
     def chosen(**settings: Any) -> ChosenDecoding:
-        found = ChosenDecoding.of_run(folder, DecodingConfig.model_validate(settings), about.classes)
+        found = ChosenDecoding.of_run(folder, DecodingConfig.model_validate(settings), about.classes, about.inference)
         assert found
         return found
 
