@@ -11,8 +11,10 @@ from typing import Any
 
 import yaml
 
+from configs.errors import UserError
 from configs.load import load_config
 from engine.files import read_json_object, write_json, write_text
+from evaluation.metrics.conventions import metric_title
 from evaluation.metrics.results import (
     HEAD,
     METRICS_FILE,
@@ -32,14 +34,10 @@ _TITLES = {"map_pooled": "mAP, frames pooled", "map_video": "mAP, mean over vide
 
 @dataclass(frozen=True)
 class Runs:
-    """The runs of every recipe and split, one per seed, and what is shown of them.
-
-    `shared` says for each recipe whether its seeds use the features of one stage one.
-    """
+    """The runs of every recipe and split, one per seed, and what is shown of them."""
 
     folders: Mapping[tuple[str, str], Sequence[Path]]
     titles: Mapping[str, str]
-    shared: Mapping[str, bool]
     conventions: Sequence[str]
 
 
@@ -61,10 +59,14 @@ def write_table(out: Path, runs: Runs) -> str:
 
 
 def _row(runs: Runs, recipe: str, split: str) -> dict[str, Any]:
-    """The results of one recipe on one split, in percent: {convention: {metric: mean, std and values over seeds}}."""
+    """The results of one recipe on one split: {convention: {metric: mean, std and values over seeds}}.
+
+    Raises UserError if the seeds were not evaluated in the same way.
+    """
     wanted = runs.folders[recipe, split]
     done = [run for run in wanted if (run / "evaluate" / "test" / METRICS_FILE).exists()]
     found = [read_evaluation(run / "evaluate" / "test" / METRICS_FILE) for run in done]
+    _require_alike(done, found)
     heads = dict.fromkeys(head for one in found for head in one.phases if head not in BASELINES)
     tools = [{name: getattr(one.tools, name) for name in TOOLS} for one in found if one.tools]
     return {
@@ -73,10 +75,11 @@ def _row(runs: Runs, recipe: str, split: str) -> dict[str, Any]:
         "split": split,
         "seeds": len(done),
         "seeds_wanted": len(wanted),
-        "stage_one": "once per split" if runs.shared[recipe] else "with every seed",
+        "stage_one": _stage_one(found),
         "simulated": any(bool(one.simulated) for one in found),
         "test_videos": len(found[0].videos) if found else None,
         "conventions": _by_convention([one.phases.get(HEAD, {}) for one in found], runs.conventions),
+        "units": {name: results.about.unit for one in found for name, results in one.phases.get(HEAD, {}).items()},
         "other_heads": {
             head: _by_convention([one.phases.get(head, {}) for one in found], runs.conventions)
             for head in heads
@@ -87,6 +90,38 @@ def _row(runs: Runs, recipe: str, split: str) -> dict[str, Any]:
         "machines": sorted({machine for run in done for machine in _machines(run)}),
         "runs": [str(run) for run in done],
     }
+
+
+def _require_alike(runs: Sequence[Path], found: Sequence[Evaluation]) -> None:
+    """Raise UserError unless all seeds were evaluated on the same frames, with the same decoding."""
+    for run, one in zip(runs, found, strict=True):
+        for name, value in _compared(one).items():
+            if value != (other := _compared(found[0])[name]):
+                shown = f" ({value} and {other})" if len(f"{value}{other}") < 80 else ""
+                raise UserError(
+                    f"{run}: was evaluated with other {name} than {runs[0]}{shown}, so they have no common mean; start "
+                    "again without --table, which evaluates what is out of date"
+                )
+
+
+def _compared(one: Evaluation) -> dict[str, Any]:
+    phases = one.phases.get(HEAD, {}).get(one.convention)
+    return {
+        "decoding of phases": one.decoding_words,
+        "smoothing of tools": one.tool_smoothing_s,
+        "crops": one.joint and (one.joint.crops, one.joint.inference),
+        "frame rate": one.fps,
+        "videos": list(one.videos),
+        "labels": phases and phases.about.truth_sha256,
+    }
+
+
+def _stage_one(found: Sequence[Evaluation]) -> str:
+    """How often stage one was trained, according to the encoders of the features that were evaluated."""
+    encoders = {str(one.encoder["digest"]) for one in found if one.encoder}
+    if len(encoders) == 1:
+        return "once per split"
+    return "with every seed" if len(encoders) in (0, len(found)) else f"{len(encoders)} times"
 
 
 def _title(recipe: str, found: Sequence[Evaluation]) -> str:
@@ -173,8 +208,9 @@ def _lines(rows: Sequence[Mapping[str, Any]], published: Sequence[Mapping[str, A
     simulated = any(row["simulated"] for row in rows)
     lines = [
         *(["**SIMULATED operations: these figures say nothing about Cholec80.**", ""] if simulated else []),
-        "Percent, mean ± standard deviation (n - 1) over seeds. Where stage one is trained once per split, the seeds",
-        "vary stage two alone, so the deviation is too small for the whole recipe.",
+        "Mean ± standard deviation (n - 1) over seeds, in percent unless the heading says otherwise; in brackets the",
+        "number of seeds that have a value, if not all do. Where stage one is trained once per split, the seeds vary",
+        "stage two alone, so the deviation is too small for the whole recipe.",
         "",
         "| recipe | trained as | split | seeds | stage one | training hours per seed | machine |",
         "|---|---|---|---|---|---|---|",
@@ -189,9 +225,12 @@ def _lines(rows: Sequence[Mapping[str, Any]], published: Sequence[Mapping[str, A
     for name in names:
         if name not in of_frames:
             metrics = dict.fromkeys(metric for _, _, scores in results for metric in scores.get(name, {}))
-            lines += _phases(f"Phases: {name}", results, [name], tuple(metrics))
+            unit = next((row["units"][name] for row, _, _ in results if name in row["units"]), "percent")
+            lines += _phases(f"Phases: {name} ({unit})", results, [name], tuple(metrics))
     lines += ["", "### Tools", "", _line("recipe", "split", *(_TITLES[name] for name in TOOLS)), _rule(2 + len(TOOLS))]
-    lines += [_line(row["recipe"], row["split"], *_cells(row["tools"], TOOLS)) for row in rows if row["tools"]]
+    lines += [
+        _line(row["recipe"], row["split"], *_cells(row["tools"], TOOLS, row["seeds"])) for row in rows if row["tools"]
+    ]
     return [*lines, *_published(published)]
 
 
@@ -217,12 +256,13 @@ def _labelled(row: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
 def _phases(heading: str, results: Sequence[Any], conventions: Sequence[str], metrics: Sequence[str]) -> list[str]:
     """The table of some conventions with the same metrics; empty without results."""
     lines = [
-        _line(label, row["split"], name, *_cells(scores[name], metrics))
+        _line(label, row["split"], name, *_cells(scores[name], metrics, row["seeds"]))
         for row, label, scores in results
         for name in conventions
         if name in scores
     ]
-    head = ["", f"### {heading}", "", _line("recipe", "split", "convention", *metrics), _rule(3 + len(metrics))]
+    titles = [_metric(metric) for metric in metrics]
+    head = ["", f"### {heading}", "", _line("recipe", "split", "convention", *titles), _rule(3 + len(metrics))]
     return [*head, *lines] if lines else []
 
 
@@ -256,14 +296,21 @@ def _published(published: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def _cells(scores: Mapping[str, Any], metrics: Sequence[str]) -> list[str]:
-    return [_number(scores.get(metric)) for metric in metrics]
+def _metric(name: str) -> str:
+    pooled = name.endswith("_pooled")
+    return metric_title(name.removesuffix("_pooled")) + ", pooled" * pooled
 
 
-def _number(score: Mapping[str, Any] | None) -> str:
+def _cells(scores: Mapping[str, Any], metrics: Sequence[str], seeds: int) -> list[str]:
+    return [_number(scores.get(metric), seeds) for metric in metrics]
+
+
+def _number(score: Mapping[str, Any] | None, seeds: int) -> str:
     if score is None:
         return ""
-    return f"{score['mean']:.1f}" + ("" if score["std"] is None else f" ± {score['std']:.1f}")
+    count = len(score["values"])
+    deviation = "" if score["std"] is None else f" ± {score['std']:.1f}"
+    return f"{score['mean']:.1f}{deviation}" + (f" ({count} of {seeds})" if count < seeds else "")
 
 
 def _line(*cells: str) -> str:

@@ -16,6 +16,7 @@ Exit codes are those of the commands: 2 for bad input, 75 or 130 if stopped, in 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shlex
@@ -30,7 +31,8 @@ from command import stage_to_end
 from configs.errors import UserError, did_you_mean, listed
 from configs.load import load_config, load_dataset, read_yaml
 from engine.ending import report
-from engine.files import read_json_object
+from engine.files import read_json_object, sha256_file, sha256_json, write_json
+from engine.runs import BEST_FILE
 from engine.stopping import Stopped, StopRequest, watch_signals
 from evaluation.metrics.conventions import CONVENTIONS
 from evaluation.metrics.results import METRICS_FILE
@@ -40,6 +42,7 @@ Stage = Callable[[Sequence[str], StopRequest], int]  # runs one command of pipel
 PARTLY = 1  # exit code of a command that has left videos out
 MOST_SEEDS = 100
 OWN_KEYS = ("data.root", "data.index", "data.split.rule", "runs", "seed")
+EVALUATED_FILE = "reproduce.json"  # in a run: the identity of its evaluation
 NO_SPLIT = "null"  # data.split.rule: the data set's usual split, or none if there are too few videos
 
 
@@ -263,9 +266,11 @@ def _work(plan: Plan, stage: Stage, stop: StopRequest) -> int:
         for split in dict.fromkeys(split for _, split, _ in plan.parts()):
             _run(plan.arguments("index", plan.recipes[0], split, None), stage, stop, allow_partly=True)
         for recipe, split, seeds in plan.parts():
-            for arguments, made in _commands(plan, recipe, split, seeds):
-                if made is None or not _is_current(made):
+            for arguments, run in _commands(plan, recipe, split, seeds):
+                if run is None:
                     _run(arguments, stage, stop)
+                else:
+                    _evaluate(run, arguments, stage, stop)
         if plan.part != (0, 1):
             print("this part is done; when all are, the same command with --table instead of --part writes the table")
             return 0
@@ -276,7 +281,6 @@ def _work(plan: Plan, stage: Stage, stop: StopRequest) -> int:
             for split in plan.splits
         },
         titles={name: RECIPES[name].title for name in plan.recipes},
-        shared={name: plan.shares(name) for name in plan.recipes},
         conventions=plan.conventions,
     )
     print(write_table(plan.out, runs))
@@ -301,25 +305,22 @@ def _require_all_videos(plan: Plan, stage: Stage, stop: StopRequest) -> None:
         )
 
 
-def _commands(
-    plan: Plan, recipe: str, split: str, seeds: Sequence[int]
-) -> Iterator[tuple[list[str], tuple[Path, Path] | None]]:
-    """The commands of a part, in order, with the run and the evaluation that a command makes, or None.
+def _commands(plan: Plan, recipe: str, split: str, seeds: Sequence[int]) -> Iterator[tuple[list[str], Path | None]]:
+    """The commands of a part, in order, with the run that a command evaluates, or None for other commands.
 
     They are made one by one, since the features' folder is known only when the first run has made it.
     """
     for seed in seeds:
         folder = plan.folder(recipe, split, seed)
-        evaluate = (folder, folder / "evaluate" / "test" / METRICS_FILE)
         if RECIPES[recipe].joint:
             yield plan.arguments("train-joint", recipe, split, seed), None
-            yield plan.arguments("evaluate", recipe, split, seed), evaluate
+            yield plan.arguments("evaluate", recipe, split, seed), folder
         elif seed == seeds[0]:
             yield plan.arguments("run", recipe, split, seed), None
         else:
             features = ("--features", _features(plan.folder(recipe, split, seeds[0])))
             yield plan.arguments("train-temporal", recipe, split, seed, *features), None
-            yield plan.arguments("evaluate", recipe, split, seed, *features), evaluate
+            yield plan.arguments("evaluate", recipe, split, seed, *features), folder
 
 
 def _features(run: Path) -> str:
@@ -327,11 +328,23 @@ def _features(run: Path) -> str:
     return str(read_json_object(made)["folder"]) if made.exists() else "FOLDER"
 
 
-def _is_current(made: tuple[Path, Path]) -> bool:
-    """Whether an evaluation exists that is newer than all trainings of its run."""
-    run, metrics = made
-    results = [*run.glob("temporal/result.json"), *run.glob("joint/*/result.json")]
-    return metrics.exists() and all(metrics.stat().st_mtime_ns >= one.stat().st_mtime_ns for one in results)
+def _evaluate(run: Path, arguments: Sequence[str], stage: Stage, stop: StopRequest) -> None:
+    """Evaluate a run, unless its evaluation was made from the same weights with the same settings."""
+    made = run / EVALUATED_FILE
+    if made.exists() and read_json_object(made) == _identity(run, arguments):
+        return
+    _run(arguments, stage, stop)
+    write_json(made, _identity(run, arguments))
+
+
+def _identity(run: Path, arguments: Sequence[str]) -> dict[str, str]:
+    """What the evaluation of a run by a command depends on, and the evaluation itself."""
+    sets = [value for word, value in itertools.pairwise(arguments) if word == "--set"]
+    config = load_config(arguments[arguments.index("--config") + 1], sets).model_dump(mode="json")
+    files = {run / "evaluate" / "test" / METRICS_FILE, *(run / "temporal").rglob(BEST_FILE)}
+    files |= {*(run / "joint").rglob(BEST_FILE), *(run / "temporal").rglob("decoding.json")}
+    hashes = {str(path.relative_to(run)): sha256_file(path) for path in sorted(files) if path.exists()}
+    return {"identity_sha256": sha256_json([list(arguments), config, hashes])}
 
 
 def _run(arguments: Sequence[str], stage: Stage, stop: StopRequest, allow_partly: bool = False) -> None:

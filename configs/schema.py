@@ -288,8 +288,9 @@ class AugmentConfig(OmitsDefaults):
     crop: Literal["random", "centre"] = "random"
     scale: tuple[float, float] | None = Field(
         None,
-        description="cut out windows of a random size, from and to this fraction of the resized frame's area, such as "
-        "[0.5, 1.0], and resize them to crop_px; null: windows of crop_px",
+        description="cut out windows of a random size and resize them to crop_px: from and to this fraction, such as "
+        "[0.5, 1.0], of the largest window with the aspect of crop_px that fits in the resized frame; null: windows of "
+        "crop_px",
     )
     aspect: float = Field(
         1.0, ge=1, le=4, description="with scale: stretch windows by a random factor of up to this, in either direction"
@@ -305,7 +306,7 @@ class AugmentConfig(OmitsDefaults):
         if self.scale is None:
             return self
         if not 0.01 <= self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError("scale must be two fractions of a frame's area, from 0.01 to 1, the smaller one first")
+            raise ValueError("scale must be two fractions of an area, from 0.01 to 1, the smaller one first")
         if self.crop == "centre":
             raise ValueError("crop=centre cannot be combined with scale, whose windows lie anywhere in the frame")
         return self

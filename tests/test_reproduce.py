@@ -88,6 +88,23 @@ def test_a_rehearsal_that_is_killed_resumes_and_is_started_again(program: Module
     code, ran = start(program, place, *best)
     assert (code, ran) == (0, ["index", "index", *["train-joint"] * 2, "run", "train-temporal"])
     assert files(place / "runs") == before
+    check_seeds_that_differ(program, place)
+
+
+def check_seeds_that_differ(program: ModuleType, place: Path) -> None:
+    """They have no mean, and the next start evaluates every seed again with the settings of the call."""
+    name, two_stages = BEST[1], ("--recipes", BEST[1], "--set", "temporal.decoding.mode=filter")
+    metrics = place / f"runs/reproduce-{name}-3-1-2-seed1/evaluate/test/metrics.json"
+    changed = json.loads(metrics.read_text()) | {"decoding": {"mode": "offline"}}
+    metrics.write_text(json.dumps(changed))
+    assert start(program, place, *two_stages, "--table") == (2, [])
+    code, ran = start(program, place, *two_stages)
+    assert (code, ran) == (0, ["index", "index", "run", "train-temporal", "evaluate"])
+    (row,) = json.loads((place / "out/table.json").read_text())["rows"]
+    assert row["title"].endswith(", decoded by a forward filter")
+    assert len(row["other_heads"]["undecoded"]["phase_mean"]["accuracy"]["values"]) == 2
+    assert start(program, place, *two_stages, "--stage-one-per-seed", "--table") == (0, [])
+    assert "| once per split |" in (place / "out/table.md").read_text()
 
 
 def check_table(out: Path) -> None:
@@ -113,7 +130,14 @@ def check_table(out: Path) -> None:
     assert text.startswith("**SIMULATED operations")
     assert f"| best_joint | {SPLIT} | relaxed_matlab | " in text
     assert "| DACAT |" in text
-    assert "### Phases: segmental\n\n| recipe | split | convention | accuracy | edit | f1@10 | f1@10_pooled |" in text
+    assert "### Phases: segmental (percent)\n\n| recipe | split | convention | Accuracy | Edit score | F1@10 | " in text
+    assert "### Phases: transitions (delays in seconds, missed in percent, false per hour)\n\n" in text
+
+
+def test_a_cell_says_if_it_is_not_of_all_seeds(program: ModuleType) -> None:
+    table = importlib.import_module("cholec80_table")
+    scores = table._over_seeds([{"accuracy": 50.0, "delay_p90": None}, {"accuracy": 60.0, "delay_p90": 3.0}])
+    assert table._cells(scores, ("accuracy", "delay_p90", "edit"), 2) == ["55.0 ± 7.1", "3.0 (1 of 2)", ""]
 
 
 def test_published_rows_name_their_source_and_what_they_can_be_compared_with(program: ModuleType) -> None:

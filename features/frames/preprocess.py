@@ -291,12 +291,15 @@ def _window(
 ) -> tuple[int, int, tuple[int, int]]:
     """Top, left and (height, width) of a random window of `frame` (height, width), which has the aspect of `crop`.
 
-    As in Inception's crops (Szegedy et al., CVPR 2015), the area is uniform between the fractions `scale` of the
-    frame's, and the factor by which the aspect differs is log-uniform between 1 / aspect and aspect. Sides that exceed
-    the frame are cut to it. `fractions` are four random numbers in [0, 1): area, aspect, top and left.
+    As in Inception's crops (Szegedy et al., CVPR 2015), areas are uniform, here between the fractions `scale` of the
+    largest such window, and the factor by which the aspect differs is log-uniform between 1 / aspect and aspect. Sides
+    that then exceed the frame are cut to it, which only lessens this factor. `fractions` are four random numbers in
+    [0, 1): area, aspect, top and left.
     """
-    area = (scale[0] + fractions[0] * (scale[1] - scale[0])) * frame[0] * frame[1]
-    ratio = crop[0] / crop[1] * aspect ** (2 * fractions[1] - 1)  # height to width
+    ratio = crop[0] / crop[1]  # height to width
+    largest = min(frame[0], frame[1] * ratio)  # height
+    area = (scale[0] + fractions[0] * (scale[1] - scale[0])) * largest**2 / ratio
+    ratio *= aspect ** (2 * fractions[1] - 1)
     height, width = (area * ratio) ** 0.5, (area / ratio) ** 0.5
     window = (min(frame[0], max(1, round(height))), min(frame[1], max(1, round(width))))
     top, left = (int(part * (whole - side + 1)) for part, whole, side in zip(fractions[2:], frame, window, strict=True))

@@ -296,7 +296,7 @@ def test_windows_have_the_area_and_aspect_asked_for_and_lie_anywhere():
     frame, crop = (60, 100), (32, 40)
     drawn = [draw_change(augment_generator(0, 0, k), WINDOWS, frame, crop) for k in range(300)]
     sizes = np.array([draw.window for draw in drawn])
-    area, aspect = sizes.prod(axis=1) / 6000, sizes[:, 0] / sizes[:, 1] / 0.8
+    area, aspect = sizes.prod(axis=1) / (60 * 75), sizes[:, 0] / sizes[:, 1] / 0.8
     whole = (sizes == frame).any(axis=1)  # a side was cut to that of the frame
     assert 0.28 < area.min() < 0.35
     assert 0.75 < area.max() < 0.92
@@ -311,6 +311,18 @@ def test_windows_have_the_area_and_aspect_asked_for_and_lie_anywhere():
         plain = draw_change(augment_generator(0, 0, drawn.index(draw)), AugmentConfig(**JITTER), frame, crop)
         assert (draw.flip, *draw.colour[:3]) == (plain.flip, *plain.colour)
         assert 0 < abs(draw.colour[3]) <= 0.2
+
+
+@pytest.mark.parametrize(("frame", "crop"), [((224, 398), (216, 216)), ((398, 224), (200, 216)), ((96, 96), (32, 64))])
+@pytest.mark.parametrize("scale", [(1.0, 1.0), (0.4, 1.0)])
+def test_windows_are_not_stretched_unless_aspect_says_so(frame, crop, scale):
+    config = AugmentConfig(scale=scale)
+    sizes = [draw_change(augment_generator(0, 0, k), config, frame, crop).window for k in range(50)]
+    for height, width in sizes:
+        assert abs(height - width * crop[0] / crop[1]) <= 1.5
+    largest = min(frame[0], frame[1] * crop[0] / crop[1])
+    assert min(height for height, _ in sizes) >= scale[0] ** 0.5 * largest - 1
+    assert max(height for height, _ in sizes) <= largest + 1
 
 
 def test_a_window_is_resized_as_torchvision_does():
