@@ -70,6 +70,11 @@ class AblationConfig(Strict):
             raise ValueError(
                 f"{other[0]}: only settings of stage two (temporal) can be compared, and {' or '.join(FEATURE_KEYS)}"
             )
+        if decodings := [key for key in keys if key.startswith("temporal.decoding")]:
+            raise ValueError(
+                f"{decodings[0]}: trainings are scored without decoding; compare decodings of one run with evaluate "
+                "--decoding"
+            )
         self._names_features()
         for name, changes in self.settings.items():
             if twice := [key for key in changes if key in self.space]:

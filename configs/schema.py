@@ -37,6 +37,7 @@ CNN_FOLDER, EXTRACT_FOLDER, TEMPORAL_FOLDER, JOINT_FOLDER = "cnn", "extract", "t
 TOOLS_FOLDER = "tools"
 DEFAULT_BACKBONE = "resnet50"
 Inference = Literal["carried", "clip"]
+Seconds = Annotated[float, Field(ge=1e-3, le=3600)]  # NaN fails too
 Precision = Literal["auto", "native", "fp32", "bf16", "fp16"]
 
 
@@ -504,12 +505,18 @@ class DecodingConfig(OmitsDefaults):
         "time; 0: single frames",
     )
 
+    @field_validator("tool_smoothing_s")
+    @classmethod
+    def _not_too_short(cls, seconds: float) -> float:
+        if 0 < seconds < 1e-3:
+            raise ValueError("must be 0, or at least 0.001")
+        return seconds
+
     @model_validator(mode="after")
-    def _lag_is_of_causal_decoding(self) -> DecodingConfig:
-        if self.lag_s and self.mode == "offline":
-            raise ValueError("lag_s: mode=offline sees the whole video; leave it at 0")
-        if self.lag_s and self.mode == "filter":
-            raise ValueError("lag_s: mode=filter has no lag; leave it at 0, or set mode=causal")
+    def _all_have_an_effect(self) -> DecodingConfig:
+        if self.mode != "none" and self.given_unused:  # with none, an option may still choose another mode
+            name, reason = next(iter(self.given_unused.items()))
+            raise ValueError(f"{name}: has no effect with {reason}; leave it out, or set mode=causal")
         return self
 
     @property
@@ -518,6 +525,12 @@ class DecodingConfig(OmitsDefaults):
         if self.mode in ("none", "calibrated", "filter"):
             return dict.fromkeys(("lag_s", "min_duration_s"), f"mode={self.mode}")
         return {} if self.mode == "causal" else {"lag_s": f"mode={self.mode}"}
+
+    @property
+    def given_unused(self) -> dict[str, str]:
+        """Those of `unused` that differ from their default."""
+        fields = type(self).model_fields
+        return {name: reason for name, reason in self.unused.items() if getattr(self, name) != fields[name].default}
 
 
 class TemporalConfig(LoopConfig):
@@ -541,7 +554,7 @@ class TemporalConfig(LoopConfig):
     transition_weight: float = Field(
         0.0, ge=0, le=100, description="how much more a frame at a transition counts than one far from any"
     )
-    transition_seconds: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = Field(
+    transition_seconds: tuple[Seconds, Seconds] = Field(
         (2.0, 13.0), description="with transition_weight: standard deviations of the additional weight before and after"
     )
     standardise: bool = Field(

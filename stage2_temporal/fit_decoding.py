@@ -7,26 +7,31 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from configs.errors import UserError
 from configs.schema import Config
 from engine.files import sha256_file
 from engine.progress import say
 from engine.runs import BEST_FILE
 from stage2_temporal.data import TrainingData
 from stage2_temporal.decoding.fit import fit_track
-from stage2_temporal.decoding.fitted import DECODING_FILE, FittedDecoding
+from stage2_temporal.decoding.fitted import DECODING_FILE, FittedDecoding, load_decoding
 from stage2_temporal.predict import load_temporal, predict_spans
 
 
 def write_decoding(folder: Path, config: Config, data: TrainingData, device: torch.device) -> None:
-    """Write `decoding.json` for the best model in `folder`, unless it exists.
+    """Write `decoding.json` for the best model in `folder`, unless there is one that can be used.
 
     The transition graphs are learnt from the labels of the training videos alone, and the parameters are fitted on the
     validation videos.
     """
     path = folder / DECODING_FILE
-    if path.is_file():
-        return
     model, about = load_temporal(folder)
+    if path.is_file():
+        try:
+            load_decoding(folder, about.classes)
+            return
+        except UserError:
+            say(f"note: {path}: damaged, or fitted to another checkpoint, so it is written again")
     if not about.fps:
         say(f"note: {path}: not written, since the features do not record their sampling rate")
         return

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from configs.errors import UserError
 from configs.schema import Config, DecodingConfig, Inference
 from engine.files import sha256_file
+from engine.progress import say
 from evaluation.metrics.results import HEAD, UNDECODED
 from stage2_temporal.decoding.decoder import Decoder, decode, lag_frames
 from stage2_temporal.decoding.fitted import DECODING_FILE, FittedDecoding, load_decoding
@@ -44,6 +45,8 @@ class ChosenDecoding:
         probabilities of another inference mode.
         """
         if settings.mode == "none":
+            for name, reason in settings.given_unused.items():
+                say(f"note: temporal.decoding.{name} has no effect with {reason}")
             return None
         found = load_decoding(folder, classes)
         fitted = found.inference or trained

@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from configs.errors import UserError, one_line
 from configs.schema import Inference
 from engine.files import read_json, sha256_file, write_json
@@ -61,8 +59,8 @@ class TrackDecoding(Record):
         if self.classes != tuple(classes):
             raise ValueError(f"its classes are {', '.join(self.classes)}, not {', '.join(classes)}")
         self.graph.require_classes(len(classes))
-        if not (np.array(self.graph.mean_s) > 0).all() or not (np.array(self.graph.initial) > 0).all():
-            raise ValueError("mean_s and initial must be positive")
+        if not all(self.graph.mean_s):
+            raise ValueError("mean_s must be positive")
         limits = {
             "temperature": (0.01, 100.0),
             "filter_temperature": (0.01, 100.0),
@@ -107,13 +105,19 @@ def load_decoding(folder: Path, tracks: Mapping[str, Sequence[str]]) -> FittedDe
     if not path.is_file():
         raise UserError(f"{path}: no such file, so there is no decoding; {again}")
     try:
-        found = FittedDecoding.from_json(read_json(path))
+        content = read_json(path)
+    except UserError as error:
+        raise UserError(f"{error}; {again}") from error
+    try:
+        found = FittedDecoding.from_json(content)
+        if found.to_json() != content:
+            raise ValueError("a value has another type, or is not known")
         if set(found.tracks) != set(tracks):
             raise ValueError(f"its tracks are {', '.join(found.tracks)}")
         for name, classes in tracks.items():
             found.tracks[name].check(classes)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: damaged ({one_line(error)}); delete it and {again}") from error
+        raise UserError(f"{path}: damaged ({one_line(error)}); {again}") from error
     if found.weights_sha256 != sha256_file(folder / BEST_FILE):
-        raise UserError(f"{path}: fitted to another checkpoint than {BEST_FILE}; delete it and {again}")
+        raise UserError(f"{path}: fitted to another checkpoint than {BEST_FILE}; {again}")
     return found

@@ -36,13 +36,18 @@ class TransitionGraph(Record):
     shortest_s: tuple[float, ...]
 
     def require_classes(self, classes: int) -> None:
-        """Raise ValueError unless all values are finite, not negative, and those of `classes` classes."""
+        """Raise ValueError unless all values are possible, and those of `classes` classes."""
         for one in fields(self):
             values = np.array(getattr(self, one.name), dtype=float)
             if values.shape != ((classes, classes) if one.name == "following" else (classes,)):
                 raise ValueError(f"{one.name} is not of {classes} classes")
             if not (np.isfinite(values) & (values >= 0)).all():
                 raise ValueError(f"{one.name} has a value that is not a number from 0 up")
+        sums = np.array([sum(self.initial), *map(sum, self.following)])
+        if classes == 1:
+            sums[1] += 1  # the only class is never followed
+        if (np.abs(sums - 1) > 1e-6).any() or np.diag(self.following).any() or not all(self.initial):
+            raise ValueError("initial and following are not the probabilities of a transition graph")
 
     def chain_frames(self, min_duration_s: float, fps: float) -> IntArray:
         """The minimum duration (C,) in frames, at least 1: no longer than the class's shortest training segment."""

@@ -76,6 +76,12 @@ def test_features_are_left_out_and_noise_added_after_standardisation() -> None:
     assert abs(float(noise.mean())) < 0.01
 
 
+@pytest.mark.parametrize("seconds", [float("inf"), float("nan"), 0.0, 1e-320, 1e9])
+def test_impossible_seconds_around_transitions_are_refused(seconds: float) -> None:
+    with pytest.raises(ValueError, match="transition_seconds"):
+        TemporalConfig(transition_seconds=(2.0, seconds))
+
+
 @pytest.mark.parametrize("speed", [(2.0, 0.5), (0.0, 1.0), (float("nan"), 1.0), (1.0, 1e9)])
 def test_speeds_out_of_range_are_refused(speed: tuple[float, float]) -> None:
     with pytest.raises(ValueError, match=r"two speeds from 0\.1 to 10, the lower one first"):

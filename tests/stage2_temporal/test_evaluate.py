@@ -130,6 +130,13 @@ def test_a_decoding_is_used_with_the_inference_to_which_it_was_fitted(chosen: An
         chosen(trained="clip", asked="carried", mode="filter")
 
 
+def test_settings_without_an_effect_are_noted_if_there_is_no_decoding(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ChosenDecoding.of_run(tmp_path, DecodingConfig(lag_s=2), {}, "carried") is None
+    assert "note: temporal.decoding.lag_s has no effect with mode=none" in capsys.readouterr().err
+
+
 def test_a_decoding_says_how_far_it_really_looks_ahead_and_in_which_video_it_fails(chosen: Any) -> None:
     looks = {fps: chosen(mode="causal", lag_s=3).to_json(fps)["lag_s"] for fps in (0.25, 0.5, 1.0, 2.5)}
     assert looks == {0.25: 0, 0.5: 2, 1.0: 3, 2.5: 2.8}

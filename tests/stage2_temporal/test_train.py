@@ -421,4 +421,8 @@ def test_the_decoding_is_fitted_once_and_changes_no_training(train: Any, tmp_pat
     decoded = {"epochs": 1, "baseline": False, "decoding": {"mode": "causal", "lag_s": 3}}
     assert train(temporal=decoded)["seconds"] == first["seconds"]
     assert path.read_bytes() == fitted
+    for damage in (b"{", json.dumps(content | {"weights_sha256": "0"}).encode()):
+        path.write_bytes(damage)
+        train(temporal=decoded)
+        assert path.read_bytes() == fitted
     assert "decoding" not in (tmp_path / "run/temporal/identity.json").read_text()

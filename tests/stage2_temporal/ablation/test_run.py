@@ -344,6 +344,8 @@ def test_differences_are_paired_by_seed() -> None:
         ({"space": {"temporal.optim.lr": {"low": 0.1, "high": 1}}}, "ranges need a limit"),
         ({"space": {"temporal.head.hidden": [1]}, "seeds": [1, 1]}, "seeds repeat"),
         ({"space": {"cnn.epochs": [1, 2]}}, "only settings of stage two"),
+        ({"space": {"temporal.decoding.mode": ["none"]}}, "decodings of one run with evaluate --decoding"),
+        ({"settings": {"a": {"temporal.decoding.tool_smoothing_s": 3}}}, "scored without decoding"),
         ({"space": {"temporal.head.hidden": [8, 8]}}, "two trials are identical"),
         ({"settings": {"a": {"temporal.epochs": 1}, "b": {"temporal.epochs": 1}}}, "two trials are identical"),
         ({"space": {"temporal.head.hidden": [8]}, "seeds": [-1]}, "greater than or equal to 0"),

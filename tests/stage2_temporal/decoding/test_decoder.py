@@ -78,7 +78,8 @@ def test_decoding_removes_flicker_and_a_temperature_changes_no_label() -> None:
     given_p[[7, 60]] = [0.2, 0.2, 0.6], [0.6, 0.2, 0.2]
     certain = replace(FITTED, viterbi_kappa=1.0, filter_kappa=1.0)
     for mode in ("filter", "causal", "offline"):
-        labels, _ = decode(certain, DecodingConfig(mode=mode, min_duration_s=5.0), 1.0, given_p)
+        chosen = DecodingConfig(mode=mode, min_duration_s=None if mode == "filter" else 5.0)
+        labels, _ = decode(certain, chosen, 1.0, given_p)
         changes = np.flatnonzero(np.diff(labels))
         assert labels[changes].tolist() == [0, 1]
         assert np.abs(changes - [29, 44]).max() <= (1 if mode == "offline" else 20)
@@ -117,8 +118,11 @@ def test_the_state_does_not_grow_with_the_video() -> None:
         {"mode": "offline", "lag_s": 2},
         {"mode": "filter", "lag_s": 2},
         {"min_duration_s": 1e9},
+        {"tool_smoothing_s": 5e-324},
+        {"mode": "calibrated", "lag_s": 2},
+        {"mode": "filter", "min_duration_s": 2},
     ],
 )
 def test_impossible_settings_are_refused(changes: dict) -> None:
-    with pytest.raises(ValueError, match=r"lag_s|min_duration_s"):
+    with pytest.raises(ValueError, match=r"lag_s|min_duration_s|tool_smoothing_s"):
         DecodingConfig.model_validate({"mode": "causal", **changes})

@@ -104,6 +104,9 @@ def test_a_missing_or_foreign_file_is_refused_with_what_to_do(folder: Path) -> N
     (folder / "best.pt").write_bytes(b"other")
     with pytest.raises(UserError, match="fitted to another checkpoint"):
         load_decoding(folder, {"phases": CLASSES})
+    (folder / "decoding.json").write_text("{")
+    with pytest.raises(UserError, match=r"not a JSON file .*; run train-temporal again"):
+        load_decoding(folder, {"phases": CLASSES})
     (folder / "decoding.json").unlink()
     with pytest.raises(UserError, match="no such file, so there is no decoding; run train-temporal again"):
         load_decoding(folder, {"phases": CLASSES})
@@ -120,11 +123,20 @@ def test_a_missing_or_foreign_file_is_refused_with_what_to_do(folder: Path) -> N
         {"graph": None},
         {"graph": {"initial": [1, 0]}},
         {"classes": 3},
+        {"viterbi_kappa": "0.1"},
+        {"unknown": 1},
+        {"graph": {"following": [[0] * 3] * 3}},
+        {"graph": {"following": np.eye(3).tolist()}},
+        {"graph": {"following": [[0, 5, 5], [5, 0, 5], [5, 5, 0]]}},
+        {"graph": {"initial": [1e308, 0.1, 0.1]}},
+        {"graph": {"initial": [1, 0, 0]}},
     ],
 )
 def test_damaged_values_are_refused(folder: Path, damage: dict) -> None:
     tree = json.loads((folder / "decoding.json").read_text())
-    tree["tracks"]["phases"] |= damage
+    track = tree["tracks"]["phases"]
+    graph = {**track["graph"], **damage["graph"]} if damage.get("graph") else damage.get("graph", track["graph"])
+    track |= damage | {"graph": graph}
     (folder / "decoding.json").write_text(json.dumps(tree))
     with pytest.raises(UserError, match=r"decoding.json: damaged"):
         load_decoding(folder, {"phases": CLASSES})
