@@ -55,13 +55,16 @@ HeadConfig = Annotated[SerializeAsAny[HeadSettings], BeforeValidator(read_head)]
 
 class LstmHead(HeadSettings):
     name: Literal["lstm"] = "lstm"
-    hidden: int = Field(512, ge=1)
-    layers: int = Field(1, ge=1)
+    hidden: int = Field(512, ge=1, le=16384)
+    layers: int = Field(1, ge=1, le=64)
     dropout: float = Field(0.0, ge=0, lt=1)
     bidirectional: bool = Field(False, description="also read the video backwards, which needs frames of the future")
     relu: bool = Field(False, description="ReLU on the LSTM's output (MTRCNet-CL)")
     fc_hidden: int | None = Field(
-        None, ge=1, description="width of an additional linear layer with ReLU before the last layer; null: none"
+        None,
+        ge=1,
+        le=16384,
+        description="width of an additional linear layer with ReLU before the last layer; null: none",
     )
 
     @property
@@ -77,8 +80,8 @@ class LstmHead(HeadSettings):
 
 class GruHead(HeadSettings):
     name: Literal["gru"]
-    hidden: int = Field(512, ge=1)
-    layers: int = Field(1, ge=1)
+    hidden: int = Field(512, ge=1, le=16384)
+    layers: int = Field(1, ge=1, le=64)
     dropout: float = Field(0.0, ge=0, lt=1)
 
 
@@ -86,9 +89,9 @@ class TcnHead(HeadSettings):
     """Causal multi-stage TCN (TeCNO, Czempiel et al., MICCAI 2020)."""
 
     name: Literal["tcn"]
-    stages: int = Field(2, ge=1)
+    stages: int = Field(2, ge=1, le=64)
     layers: int = Field(8, ge=1, le=14)
-    maps: int = Field(32, ge=1)
+    maps: int = Field(32, ge=1, le=8192)
     dropout: float = Field(0.5, ge=0, lt=1)
 
 
@@ -96,11 +99,11 @@ class SsmHead(HeadSettings):
     """Causal selective state-space blocks of the kind of Mamba-2 (Dao and Gu, ICML 2024)."""
 
     name: Literal["ssm"]
-    width: int = Field(256, ge=1)
-    layers: int = Field(2, ge=1)
-    expand: int = Field(2, ge=1, description="channels of a block divided by the width")
-    head_width: int = Field(64, ge=1, description="channels that share a decay rate and a step size")
-    state: int = Field(64, ge=1, description="values that a block remembers per channel")
+    width: int = Field(256, ge=1, le=8192)
+    layers: int = Field(2, ge=1, le=64)
+    expand: int = Field(2, ge=1, le=16, description="channels of a block divided by the width")
+    head_width: int = Field(64, ge=1, le=8192, description="channels that share a decay rate and a step size")
+    state: int = Field(64, ge=1, le=4096, description="values that a block remembers per channel")
     step_min: float = Field(
         0.001, ge=1e-6, le=10, description="least step size at the start of a training; the memory is 1 / step frames"
     )

@@ -14,12 +14,14 @@ from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from configs.errors import UserError
 from configs.head_settings import HEAD_SETTINGS, HeadSettings
 from configs.registry import Registry
 from configs.schema import TemporalConfig
 from engine.device import sent_to
+from engine.memory import available_bytes
 from stage2_temporal.heads.standardise import Standardise
 
 # What a head remembers from one call to the next: tensors whose first dimension is the batch, so that videos that have
@@ -104,9 +106,23 @@ def register_head(name: str, settings: type[HeadSettings]) -> Callable[[HeadClas
 def build_head(config: HeadSettings, embedding_dim: int, *classes: int) -> Head:
     """The head that `config` names, with new random weights, for embeddings of width `embedding_dim`.
 
-    `classes` holds the number of classes of each label track, phases first.
+    `classes` holds the number of classes of each label track, phases first. Raises UserError if the weights exceed a
+    quarter of the free memory, for a training also holds their gradients and two moments.
     """
-    head = HEADS.find(config.name)(config, embedding_dim, sum(classes))
+    left = most = available_bytes() // 4
+
+    def count(module: nn.Module, name: str, weights: nn.Parameter | None) -> None:
+        """Called when weights are allocated, before they are filled and so take up memory."""
+        nonlocal left
+        left -= weights.nbytes if weights is not None else 0
+        if left < 0:
+            raise UserError(
+                f"temporal.head: the weights of {config.name} exceed a quarter of the free memory, "
+                f"{most / 1e9:.3g} GB; choose smaller sizes"
+            )
+
+    with register_module_parameter_registration_hook(count):
+        head = HEADS.find(config.name)(config, embedding_dim, sum(classes))
     head.widths = classes
     return head
 

@@ -307,3 +307,12 @@ def test_the_linear_head_leaves_padding_out() -> None:
     gradients = [torch.autograd.grad(logits[real].pow(2).sum(), weights) for logits in (found, expected)]
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_a_head_whose_weights_exceed_the_memory_is_refused_before_they_are_filled(monkeypatch):
+    monkeypatch.setattr("stage2_temporal.heads.base.available_bytes", lambda: 40_000)
+    head_of(CAUSAL["gru"])
+    with pytest.raises(UserError, match=r"^temporal\.head: the weights of lstm exceed .*, 1e-05 GB"):
+        head_of(head_settings.LstmHead(hidden=64))
+    monkeypatch.undo()
+    head_of(head_settings.LstmHead(hidden=64))
