@@ -71,7 +71,8 @@ INFERENCE = click.option(
 DECODING = click.option(
     "--decoding",
     type=click.Choice(["none", "calibrated", "filter", "causal", "offline"]),
-    help="How to decode the phases: only offline sees later frames. Default: temporal.decoding.mode.",
+    help="How to decode the phases. Later frames are seen by offline and, within temporal.decoding.lag_s, by causal. "
+    "Default: temporal.decoding.mode.",
 )
 PHASE_ORDER = click.option(
     "--phase-order",

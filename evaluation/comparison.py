@@ -24,7 +24,7 @@ from engine.records import Record
 from evaluation.external import Reading, score_folder, write_results
 from evaluation.metrics.conventions import CONVENTIONS
 from evaluation.metrics.phases import require_convention
-from evaluation.metrics.results import HEAD, METRICS_FILE, PhaseResults, Score, marked
+from evaluation.metrics.results import HEAD, METRICS_FILE, PhaseResults, Score, mark_of_seeds, marked
 from evaluation.metrics.statistics import PairedTest, holm, paired_interval, paired_permutation
 from evaluation.reports.tables import difference_table
 
@@ -182,7 +182,7 @@ def load_model(text: str, place: Place, convention: str) -> Model:
         raise UserError(f"compare {text}: name each seed's run once")
     name = parts[0] if len(parts) == 1 else f"{parts[0]} ({len(parts)} seeds)"
     results = [_load_results(part, place, convention) for part in parts]
-    name = marked(name, any(result.about.offline for result in results))
+    name = marked(name, mark_of_seeds(name, results))
     model = Model(name, parts, results)
     for result in model.results[1:]:
         _require_same_frames(model, Model(name, parts, [result]))

@@ -20,7 +20,16 @@ from evaluation.external import write_results
 from evaluation.files.truth import TRUTH_FILE, Truth, read_truth
 from evaluation.metrics.conventions import CONVENTIONS
 from evaluation.metrics.phases import require_convention
-from evaluation.metrics.results import HEAD, METRICS_FILE, Evaluation, Interval, PhaseResults, marked, read_evaluation
+from evaluation.metrics.results import (
+    HEAD,
+    METRICS_FILE,
+    Evaluation,
+    Interval,
+    PhaseResults,
+    mark_of_seeds,
+    marked,
+    read_evaluation,
+)
 from evaluation.metrics.statistics import paired_interval
 from evaluation.reports.gather import EVALUATE_FOLDER, stage_of
 from evaluation.reports.matrix import matrix_tables, write_matrix_csv, write_matrix_page
@@ -260,8 +269,8 @@ def _row(name: str, members: Sequence[Mapping[str, _Found]], place: MatrixPlace,
         own = first.path.name == place.folder
         cells[dataset] = Cell(intervals, len(first.results.per_video), own, overlap)
     shown = parts[0] if len(parts) == 1 else f"{parts[0]} ({len(parts)} seeds)"
-    offline = any(one.results.about.offline for one in members[0].values())
-    return Row(marked(Path(shown).name, offline), parts, trained or _own_dataset(members[0], place), cells)
+    mark = mark_of_seeds(name, [one.results for member in members for one in member.values()])
+    return Row(marked(Path(shown).name, mark), parts, trained or _own_dataset(members[0], place), cells)
 
 
 def _own_dataset(evaluations: Mapping[str, _Found], place: MatrixPlace) -> list[str]:

@@ -226,7 +226,7 @@ class _Source:
 
 
 def _offline_heads(model: PhaseModel, decoding: ChosenDecoding | None) -> set[str]:
-    """The heads whose predictions depend on later frames, however much later."""
+    """The heads whose predictions depend on all later frames; a lag is in `PhaseAbout.decoding`."""
     if not model.causal:
         return {HEAD, UNDECODED}
     return {HEAD} if decoding and decoding.settings.mode == "offline" else set()

@@ -28,6 +28,7 @@ from evaluation.metrics.results import (
     JointDetails,
     PhaseResults,
     ToolResults,
+    decoding_mark,
 )
 from evaluation.metrics.tools import choose_thresholds, evaluate_tools, sigmoid
 from evaluation.reports.model_card import write_model_card
@@ -207,7 +208,7 @@ def score_and_write(
     for name, (own, _) in others.items():
         for note in unlabelled_note(own.phases, "are not scored", f"{name} label"):
             say(note)
-    spec, without = truth.index.dataset, truth.without_labels
+    spec, without, looks = truth.index.dataset, truth.without_labels, (offline, decoding_mark(decoding))
     labels, tools = truth.phases, tool_results(truth, predicted.tool_logits, predicted.thresholds)
     evaluation = Evaluation(
         split=truth.split,
@@ -220,10 +221,10 @@ def score_and_write(
             **{track: [name for name in truth.videos if name not in without[track]] for track in others},
         },
         videos_without_labels=without if spec.tools else {**without, "tools": []},
-        tracks={n: _phase_results(own, one, one.phases(own), offline) for n, (own, one) in others.items()} or None,
+        tracks={n: _phase_results(own, one, one.phases(own), *looks) for n, (own, one) in others.items()} or None,
         left_out=truth.index.left_out_records(),
         convention=MAIN_CONVENTION,
-        phases=_phase_results(truth, predicted, phases, offline),
+        phases=_phase_results(truth, predicted, phases, *looks),
         tools=tools,
         identity_sha256=identity_sha256,
         encoder=encoder,
@@ -247,6 +248,7 @@ def _phase_results(
     predicted: Predicted,
     phases: Mapping[str, Mapping[str, NDArray[np.int8]]],
     offline: Collection[str],
+    decoding: str | None,
 ) -> dict[str, dict[str, PhaseResults]]:
     """The results of each head under each convention, given its `phases`; empty if no video has labels."""
     spec, labels = truth.index.dataset, truth.phases
@@ -260,6 +262,7 @@ def _phase_results(
             background=spec.background,
             scores=predicted.probabilities.get(head),
             offline=head in offline,
+            decoding=decoding if head == HEAD else None,
         )
         for head, videos in phases.items()
         if labels

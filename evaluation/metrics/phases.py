@@ -28,6 +28,7 @@ def evaluate_phases(
     split: str | None = None,
     background: Sequence[str] = (),
     offline: bool = False,
+    decoding: str | None = None,
     scores: Mapping[str, NDArray[Any]] | None = None,
 ) -> dict[str, PhaseResults]:
     """Score predicted phases against the truth, and return one result per convention.
@@ -37,8 +38,8 @@ def evaluate_phases(
     which counts as wrong. `phases` are the C names in the order of ids. Segmental metrics ignore the phases in
     `background`. `scores` are the probabilities (T, C) of the predictions, from which calibration is computed; the
     predicted phase need not be the most probable one. With `conventions=None`, all conventions are computed that
-    phases, rate and scores allow (see `unavailable_conventions`). `split`, and `offline` (whether predictions depend on
-    later frames), are only recorded.
+    phases, rate and scores allow (see `unavailable_conventions`). `split`, `offline` (whether predictions depend on
+    later frames) and `decoding` (its mode and lag) are only recorded.
 
     Videos without any label are left out and named in `about`. Raises UserError for an unknown or unavailable
     convention, and if truth and prediction do not match.
@@ -68,6 +69,7 @@ def evaluate_phases(
             videos_without_labels=without,
             background=list(background) if ids and convention.has_background else None,
             offline=offline or None,
+            decoding=decoding,
         )
         table = convention.count(videos, len(phases), fps, ids)
         results[name] = convention.results(table, videos, phases, about)

@@ -22,6 +22,7 @@ from engine.records import FLAT, Record
 
 METRICS_FILE = "metrics.json"
 HEAD = "temporal"  # of the heads in a `metrics.json`, the one whose predictions are also written to files
+OFFLINE = "offline"  # the mark of predictions that depend on all later frames
 UNDECODED = "undecoded"  # the same head without decoding, if its predictions are decoded
 
 
@@ -83,8 +84,9 @@ class OnePhase(Record):
 class PhaseAbout(Record):
     """The rules that a result's numbers follow, and the data from which they were computed.
 
-    `background` names the phases that segmental metrics ignored. `offline` is true if predictions depend on later
-    frames, and None if they do not or if it is not known. For predictions of other programs, `files` records what was
+    `background` names the phases that segmental metrics ignored. `offline` is true if predictions depend on all
+    later frames, and None if they do not or if it is not known. `decoding` is the mode in which they are decoded, with
+    its lag; None if they are not. For predictions of other programs, `files` records what was
     read.
     """
 
@@ -104,7 +106,14 @@ class PhaseAbout(Record):
     videos_without_labels: Sequence[str] = ()
     background: Sequence[str] | None = None
     offline: bool | None = None
+    decoding: str | None = None
     files: Mapping[str, Any] | None = field(default=None, metadata=FLAT)
+
+    @property
+    def mark(self) -> str | None:
+        """What a name in a table must say of the predictions: that they are offline, and how they are decoded."""
+        marks = [*([OFFLINE] if self.offline else []), *([self.decoding] if self.decoding else [])]
+        return ", ".join(dict.fromkeys(marks)) or None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,8 +306,13 @@ class Evaluation(Record):
 
     @property
     def offline(self) -> bool:
-        """Whether the run's own head looks into the future."""
+        """Whether the run's own head depends on all later frames."""
         return any(result.about.offline for result in self.phases.get(HEAD, {}).values())
+
+    @property
+    def mark(self) -> str | None:
+        """The mark of the run's own head (`PhaseAbout.mark`)."""
+        return next((result.about.mark for result in self.phases.get(HEAD, {}).values()), None)
 
     @property
     def imported(self) -> str | None:
@@ -322,7 +336,9 @@ class Evaluation(Record):
             return None
         mode, lag = self.decoding.get("mode"), self.decoding.get("lag_s")
         if mode == "causal":
-            return f"decoded causally, with a lag of {lag} s" if lag else "decoded causally, without a lag"
+            words = f"decoded causally, with a lag of {lag:g} s" if lag else "decoded causally, without a lag"
+            heads = self.phases.get(UNDECODED, {}).values()
+            return words + (", after a head that looks into the future" if any(o.about.offline for o in heads) else "")
         known = {
             "calibrated": "not decoded, with calibrated probabilities",
             "filter": "decoded by a forward filter",
@@ -348,9 +364,24 @@ class Evaluation(Record):
         ]
 
 
-def marked(name: str, offline: bool | None) -> str:
-    """Return a name as tables show it: marked if what it names looks into the future."""
-    return f"{name} (offline)" if offline else name
+def marked(name: str, mark: str | None) -> str:
+    """Return a name as tables show it, with the mark of what it names, if any (`PhaseAbout.mark`)."""
+    return f"{name} ({mark})" if mark else name
+
+
+def decoding_mark(decoding: Mapping[str, Any] | None) -> str | None:
+    """Return `PhaseAbout.decoding` of an evaluation with this `decoding`, such as `causal, lag 5 s`."""
+    if decoding is None:
+        return None
+    return f"{decoding['mode']}, lag {decoding['lag_s']:g} s" if decoding.get("lag_s") else str(decoding["mode"])
+
+
+def mark_of_seeds(name: str, seeds: Sequence[PhaseResults]) -> str | None:
+    """Return the mark of a model, of which these are the results. Raises UserError if they are decoded differently."""
+    found = dict.fromkeys(seed.about.decoding or "not decoded" for seed in seeds)
+    if len(found) > 1:
+        raise UserError(f"{name}: decoded in different ways ({'; '.join(found)}); evaluate all in the same way")
+    return next((seed.about.mark for seed in seeds if seed.about.offline), seeds[0].about.mark)
 
 
 def counted(number: int, noun: str) -> str:

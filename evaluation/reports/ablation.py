@@ -15,7 +15,7 @@ from rich.text import Text
 
 from configs.dataset_spec import FORMULA_STARTS
 from engine.files import write_text
-from evaluation.metrics.results import marked
+from evaluation.metrics.results import OFFLINE, marked
 from evaluation.reports.templates import template_environment
 
 ABLATION_PAGE = "ablation.html"
@@ -98,7 +98,10 @@ def _cells(row: Row) -> list[str]:
         return "-" if value is None else format(value, form)
 
     return [
-        marked(f"{row.label} (base)" if row.is_base and row.label != "base" else row.label, row.offline),
+        marked(
+            f"{row.label} (base)" if row.is_base and row.label != "base" else row.label,
+            OFFLINE if row.offline else None,
+        ),
         str(row.seeds),
         number(row.mean, ".2f"),
         number(row.std, ".2f"),

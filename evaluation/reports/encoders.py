@@ -13,7 +13,7 @@ from engine.files import write_text
 from evaluation.comparison import ModelPair
 from evaluation.encoders import MAIN_METRIC, METRICS, TOOL_HEAD, EncoderRow, Encoders, Ranking, Training
 from evaluation.metrics.conventions import metric_title
-from evaluation.metrics.results import Interval, counted, marked
+from evaluation.metrics.results import OFFLINE, Interval, counted, marked
 from evaluation.reports.ablation import no_formula
 from evaluation.reports.plotly_base import RUN_COLOURS, plain
 from evaluation.reports.tables import IN_BRACKETS, ResultTable, interval_text, mean_std_text, number_text
@@ -69,7 +69,7 @@ def _ranking_sentence(head: str, ranking: Ranking) -> str:
 
 
 def _title(result: Encoders, head: str) -> str:
-    return "frame probe" if head == PROBE else marked(head, head in (result.about.offline or ()))
+    return "frame probe" if head == PROBE else marked(head, OFFLINE if head in (result.about.offline or ()) else None)
 
 
 def _score_table(result: Encoders, metric: str) -> ResultTable:

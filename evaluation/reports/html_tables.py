@@ -130,7 +130,7 @@ def _overall(report: Report, convention: str, title: str, corner: str, head_titl
             name += ", over videos"
         rows.append((name, _cells(scores, [one.get(metric) for one in known])))
     columns = [
-        marked(head_titles.get(head, head), result is not None and result.about.offline)
+        marked(head_titles.get(head, head), result.about.mark if result else None)
         for (_, head), result in zip(heads, results, strict=True)
     ]
     groups = [(run.name, len(run.phases) or 1) for run in report.runs]
@@ -228,7 +228,7 @@ def _model(run: RunResults) -> str:
     if run.tools_alone:
         return f"{backbone or 'a CNN'}, tools only"
     name = f"{head.get('name')}, hidden {head['hidden']}" if head and head.get("hidden") else (head or {}).get("name")
-    return "; ".join(str(part) for part in (backbone, name and marked(name, run.evaluation.offline)) if part)
+    return "; ".join(str(part) for part in (backbone, name and marked(name, run.evaluation.mark)) if part)
 
 
 def _seconds(run: RunResults) -> str:

@@ -101,7 +101,7 @@ def phase_table(results: ByConvention, convention: str = MAIN_CONVENTION, track:
     }
     found["all"] = (result.score, about.videos)
     return ResultTable(
-        f"{marked(track_title(track), about.offline)}, {about.title} [{convention}], percent",
+        f"{marked(track_title(track), about.mark)}, {about.title} [{convention}], percent",
         "Phase" if track == MAIN_TRACK else "Class",
         [*map(metric_title, metrics), "Videos"],
         [(name, [*(mean_std_text(score(m)) for m in metrics), str(videos)]) for name, (score, videos) in found.items()],
@@ -145,7 +145,7 @@ def comparison_table(
     If there are tables of several label tracks, `track` names this one's in the title.
     """
     found = {name: _of_frames(results, convention) for name, results in models.items()}
-    shown = {marked(name, result.about.offline): result for name, result in found.items()}
+    shown = {marked(name, result.about.mark): result for name, result in found.items()}
     about = next(iter(shown.values())).about
     note = f"Standard deviation: {about.std}. {_setting(about)}."
     title = f"{f'{track_title(track)}, m' if track else 'M'}odels on the same videos [{convention}], percent"
@@ -200,7 +200,7 @@ def events_table(models: Mapping[str, ByConvention], track: str | None = None) -
     for model, results in models.items():
         found = {m: score for one in results.values() if not one.of_frames for m, score in one.scores.items()}
         scores = [found.get(metric) for metric in columns]
-        name = marked(model, any(result.about.offline for result in results.values()))
+        name = marked(model, next(iter(results.values())).about.mark)
         rows.append((name, [number_text(one.pooled if isinstance(one, PooledScore) else None) for one in scores]))
         if (phakir := results.get("phakir")) is not None and model == HEAD:
             shown = (f"{metric_title(metric)} {mean_std_text(phakir.score(metric))}" for metric in phakir.metrics)

@@ -12,7 +12,10 @@ import pytest
 from configs.errors import UserError
 from configs.schema import Config, DecodingConfig
 from engine.stopping import StopRequest
+from evaluation.comparison import Place, load_model
 from evaluation.files.predictions import read_prediction_csv
+from evaluation.reports.gather import gather
+from evaluation.reports.html_tables import all_tables
 from stage2_temporal.decoding.chosen import ChosenDecoding
 from stage2_temporal.decoding.decoder import decode
 from stage2_temporal.decoding.fitted import load_decoding
@@ -88,15 +91,24 @@ def test_decoding_shows_both_heads_and_is_part_of_the_identity(
     labels, values = decode(fitted, DecodingConfig(mode="causal", min_duration_s=20), 1.0, raw.probabilities)
     np.testing.assert_array_equal(found.phase, labels)
     np.testing.assert_array_equal(found.probabilities, values)
+    assert "temporal (causal)" in printed
+    assert {one["about"]["decoding"] for one in causal["phases"]["temporal"].values()} == {"causal"}
     assert "unchanged" in evaluate(mode="causal", min_duration_s=20)[1]
     offline, _ = evaluate("test-offline", mode="offline")
     assert offline["decoding"]["offline"] is True
     assert "phases are decoded" in "".join((tmp_path / "run/MODEL_CARD.md").read_text().lower().split("\n"))
     calibrated, _ = evaluate("test-calibrated", mode="calibrated")
-    changed = {
-        name for name, one in plain["phases"]["temporal"].items() if calibrated["phases"]["temporal"][name] != one
-    }
+    found_by = {name: one | {"about": None} for name, one in calibrated["phases"]["temporal"].items()}
+    changed = {n for n, one in plain["phases"]["temporal"].items() if found_by[n] != one | {"about": None}}
     assert changed == {"calibration", "phakir"}  # AUROC compares probabilities across frames
+    assert "decoded causally, with a lag of 2 s" in evaluate(mode="causal", lag_s=2.4)[1]
+    place, name = Place(tmp_path, "test", spec()), "run (causal, lag 2 s)"
+    assert load_model("run", place, "video_macro").name == name
+    shown = all_tables(gather([tmp_path / "run"]))
+    assert shown.conventions["video_macro"].tables[0].columns[0] == "Temporal head (causal, lag 2 s)"
+    seeds = f"run,{tmp_path / 'run/evaluate/test-calibrated'}"
+    with pytest.raises(UserError, match=r"decoded in different ways \(causal, lag 2 s; calibrated\); evaluate all"):
+        load_model(seeds, place, "video_macro")
     (temporal / "decoding.json").unlink()
     with pytest.raises(UserError, match=r"decoding.json: no such file, .*run train-temporal again"):
         evaluate(mode="causal")

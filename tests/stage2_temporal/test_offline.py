@@ -38,7 +38,9 @@ def evaluated(train: Any, cue_folder: Path, tmp_path: Path, capsys: pytest.Captu
     return run
 
 
-def test_results_of_offline_heads_are_marked_everywhere(evaluated: Any, tmp_path: Path) -> None:
+def test_results_of_offline_heads_are_marked_everywhere(
+    evaluated: Any, cue_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (offline, printed), (causal, plainly) = evaluated("offline", HEAD), evaluated("causal", small()["head"])
     assert "temporal (offline)" in printed
     assert "frame (offline)" not in printed
@@ -58,6 +60,11 @@ def test_results_of_offline_heads_are_marked_everywhere(evaluated: Any, tmp_path
     columns = ["Temporal head", "Per-frame head", "Most frequent phase"]
     assert shown.columns == ["Temporal head (offline)", *columns[1:], *columns]
     assert dict(tables.provenance.rows)["Model"] == ["toy; mstcn++ (offline)", "toy; lstm, hidden 12"]
+    config = {"device": "cpu", "runs": tmp_path, "temporal": {"decoding": {"mode": "causal"}}}
+    evaluate_run(Config.model_validate(config), offline, features=cue_folder, stop=StopRequest())
+    printed = capsys.readouterr().err
+    assert load_model("offline", place, "video_macro").name == "offline (offline, causal)"
+    assert "decoded causally, without a lag, after a head that looks into the future" in " ".join(printed.split())
 
 
 def test_offline_heads_see_whole_videos_or_clips(train: Any, cue_folder: Path, tmp_path: Path, videos_of: Any) -> None:
