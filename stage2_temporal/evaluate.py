@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,40 +96,24 @@ def evaluate_run(
         require_features_of(about.encoder, config, given, temporal / BEST_FILE)
     chosen = ChosenDecoding.of_run(temporal, config.temporal.decoding, about.classes, about.inference, inference)
     source = _Source(config, run, split, features, inference, mapping, decoding)
-    folder, index, out = source.own(given) if index_file is None else source.other(index_file)
-    common = PhaseMapping.read(mapping, about.dataset, about.phases, index) if mapping else None
-    if common is None:
-        _require_same_phases(about, index, index_file or folder / INDEX_FILE, temporal)
-    if index_file is not None:
-        folder, index = source.extracted(index_file, out / "features", about, stop)
+    folder, index, out, common = source.opened(given, index_file, about, stop)
     videos = _load(folder, index, split)
     _require_compatible(about, folder, index, videos, temporal, same_classes=common is None)
     say_left_out(index)
 
     probe = None if common else _tool_probe(run, videos, index, split, config.data.allow_overlap)
     tools = _Tools(probe, config.temporal.decoding.tool_smoothing_s)
-    thresholds, tracks = _thresholds(folder, index, tools), () if common else about.further_tracks
-    identity = _identity(temporal, videos, index, split, inference, thresholds, tracks, common, tools, chosen).digest
-    fps = _fps(videos)
-    labels = GroundTruth(index, split, fps, videos, known_root(config), tracks)
+    how = _How(inference, common, chosen, tools, _thresholds(folder, index, tools))
+    labels = GroundTruth(index, split, _fps(videos), videos, known_root(config), () if common else about.further_tracks)
+    identity = _identity(temporal, videos, labels, how).digest
     truth = common.of_truth(labels) if common else labels
     evaluation = None if redo else _made_before(out, identity)
     if evaluation is not None:
         say(f"{out}: unchanged")
     else:
-        predicted = _predicted(config, temporal, videos, inference, thresholds, common, stop, tools, chosen)
-        evaluation = score_and_write(
-            out,
-            truth,
-            predicted,
-            identity_sha256=identity,
-            encoder=_encoder(videos),
-            mapping=common.to_json() if common else None,
-            tool_probe=probe.to_json() if probe else None,
-            offline=_offline_heads(model, chosen),
-            decoding=chosen.to_json(fps) if chosen else None,
-            tool_smoothing_s=tools.smoothing_s or None,
-        )
+        predicted = _predicted(config, temporal, videos, how, stop)
+        recorded = how.recorded(truth.fps) | {"identity_sha256": identity, "encoder": _encoder(videos)}
+        evaluation = score_and_write(out, truth, predicted, offline=_offline_heads(model, chosen), **recorded)
     report(run, out, truth, evaluation)
     return evaluation
 
@@ -144,6 +128,27 @@ class _Tools:
     def logits(self, videos: Mapping[str, VideoFeatures]) -> dict[str, NDArray[np.float32]]:
         """The logits (T, K) of the videos of which tools can be recognised."""
         return smoothed_tool_logits(tool_logits_of(videos, self.probe), self.smoothing_s, _fps(videos))
+
+
+@dataclass(frozen=True)
+class _How:
+    """How the outputs of a run become predictions: everything but its weights."""
+
+    inference: Inference | None
+    common: PhaseMapping | None
+    decoding: ChosenDecoding | None
+    tools: _Tools
+    thresholds: Mapping[str, float] | None
+
+    def recorded(self, fps: float) -> dict[str, Any]:
+        """What `metrics.json` says of it; None for what is not used."""
+        probe = self.tools.probe
+        return {
+            "mapping": self.common.to_json() if self.common else None,
+            "tool_probe": probe.to_json() if probe else None,
+            "decoding": self.decoding.to_json(fps) if self.decoding else None,
+            "tool_smoothing_s": self.tools.smoothing_s or None,
+        }
 
 
 def _fps(videos: Mapping[str, VideoFeatures]) -> float:
@@ -165,6 +170,21 @@ class _Source:
     inference: Inference | None
     mapping: Path | None
     decoding: DecodingMode | None
+
+    def opened(
+        self, given: GivenKeys, index_file: Path | None, about: TemporalAbout, stop: StopRequest
+    ) -> tuple[Path, Index, Path, PhaseMapping | None]:
+        """The feature folder with all features, its index, the results' folder, and the mapping if one is named.
+
+        Raises UserError if the data have other phases than the training, and no mapping is named.
+        """
+        folder, index, out = self.own(given) if index_file is None else self.other(index_file)
+        common = PhaseMapping.read(self.mapping, about.dataset, about.phases, index) if self.mapping else None
+        if common is None:
+            _require_same_phases(about, index, index_file or folder / INDEX_FILE, self.run / TEMPORAL_FOLDER)
+        if index_file is not None:
+            folder, index = self.extracted(index_file, out / "features", about, stop)
+        return folder, index, out, common
 
     def own(self, given: GivenKeys) -> tuple[Path, Index, Path]:
         """The run's feature folder, or the one that the user named, which counts as another index if it has one.
@@ -328,18 +348,7 @@ def _other_encoder(about: TemporalAbout, found: Mapping[str, Any]) -> str | None
     return other_encoder(about.encoder, found) if about.encoder else "best.pt does not say how"
 
 
-def _identity(
-    temporal: Path,
-    videos: Mapping[str, VideoFeatures],
-    index: Index,
-    split: str,
-    inference: Inference | None,
-    thresholds: Mapping[str, float] | None,
-    tracks: Sequence[str],
-    common: PhaseMapping | None,
-    tools: _Tools,
-    decoding: ChosenDecoding | None,
-) -> StageIdentity:
+def _identity(temporal: Path, videos: Mapping[str, VideoFeatures], truth: GroundTruth, how: _How) -> StageIdentity:
     """Everything that an evaluation depends on.
 
     This is the weights of both heads and of the tools' probe, the encoder and sources of the features, the labels, the
@@ -352,7 +361,7 @@ def _identity(
         name: [
             video.attributes["encoder_digest"],
             video.attributes.get("source_sha256_ends"),
-            sha256_json([video.phase.tolist(), video.tools.tolist(), *(video.tracks[one].tolist() for one in tracks)]),
+            sha256_json([one.tolist() for one in (video.phase, video.tools, *(video.tracks[t] for t in truth.tracks))]),
         ]
         for name, video in videos.items()
     }
@@ -360,16 +369,13 @@ def _identity(
         {
             "weights": weights,
             "videos": labels,
-            "split": split,
-            "inference": inference,
+            "split": truth.split,
+            "inference": how.inference,
             "majority": recorded_majority(temporal / RESULT_FILE, required=True),
-            "thresholds": thresholds,
-            "left_out": index.left_out_records(),
+            "thresholds": how.thresholds,
+            "left_out": truth.index.left_out_records(),
             "plugins": plugin_names() or ABSENT,
-            "mapping": common.to_json() if common else ABSENT,
-            "tool_probe": tools.probe.to_json() if tools.probe else ABSENT,
-            "tool_smoothing_s": tools.smoothing_s or ABSENT,
-            "decoding": decoding.to_json(_fps(videos)) if decoding else ABSENT,
+            **{key: ABSENT if value is None else value for key, value in how.recorded(truth.fps).items()},
         }
     )
 
@@ -414,28 +420,24 @@ def _predicted(
     config: Config,
     temporal: Path,
     videos: Mapping[str, VideoFeatures],
-    inference: Inference | None,
-    thresholds: Mapping[str, float] | None,
-    common: PhaseMapping | None,
+    how: _How,
     stop: StopRequest,
-    tools: _Tools,
-    decoding: ChosenDecoding | None,
 ) -> Predicted:
     """The predictions of both heads, of every track, and of the majority class, in the common vocabulary if given."""
-    by_track: dict[str, Mapping[str, Videos]] = {**_probabilities(config, temporal, videos, inference, stop)}
+    by_track: dict[str, Mapping[str, Videos]] = {**_probabilities(config, temporal, videos, how.inference, stop)}
     labels = {}
-    if decoding:
+    if how.decoding:
         for track, heads in by_track.items():
-            by_track[track], labels[track] = decoding.of_heads(track, _fps(videos), heads)
+            by_track[track], labels[track] = how.decoding.of_heads(track, _fps(videos), heads)
     predicted = Predicted(
         probabilities=by_track.pop(MAIN_TRACK),
-        tool_logits=tools.logits(videos),
+        tool_logits=how.tools.logits(videos),
         majority=recorded_majority(temporal / RESULT_FILE, required=True),
-        thresholds=thresholds,
+        thresholds=how.thresholds,
         tracks=_of_tracks(temporal, by_track, labels),
         labels=labels.get(MAIN_TRACK, {}),
     )
-    return common.of_predicted(predicted) if common else predicted
+    return how.common.of_predicted(predicted) if how.common else predicted
 
 
 def _of_tracks(
