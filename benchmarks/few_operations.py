@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ from typing import Any
 
 from command import PROJECT, pipeline
 
+from configs.errors import UserError
 from configs.load import read_yaml
 from engine.files import read_json_object
 from evaluation.metrics.results import HEAD, METRICS_FILE, read_evaluation
@@ -51,6 +53,8 @@ def main() -> None:
     options = _options()
     started = time.monotonic()
     candidates: dict[str, Changes] = read_yaml(options.candidates)
+    if wrong := [name for name in candidates if not re.fullmatch(r"[A-Za-z0-9._-]+", str(name))]:
+        raise UserError(f"{options.candidates}: {wrong[0]}: candidates name run folders; use letters, digits and -")
     videos = _videos(options)
     inner = {
         name: {pair: _inner(options, name, changes, videos, pair) for pair in _pairs(videos, options.pairs)}
@@ -102,7 +106,7 @@ def _inner(
     options: argparse.Namespace, name: str, changes: Changes, videos: Sequence[str], pair: tuple[str, str]
 ) -> dict[str, Scores]:
     """The scores of the two operations of a pair, under a model trained on all others."""
-    run = f"{_file_name(name)}-inner-{'-'.join(pair)}"
+    run = f"{name}-inner-{'-'.join(pair)}"
     split = {"train": [one for one in videos if one not in pair], "val": [], "test": list(pair)}
     _run(options, run, changes, split)
     return _scores(options.runs / run)
@@ -125,7 +129,7 @@ def _outer(
     others = [one for one in videos if one != tested]
     val = videos[(videos.index(tested) + 1) % len(videos)]
     split = {"train": [one for one in others if one != val], "val": [val], "test": [tested]}
-    run = f"{_file_name(name)}-outer-{tested}"
+    run = f"{name}-outer-{tested}"
     _run(options, run, candidates[name], split)
     found = [_scores(options.runs / run)[tested]]
     for seed in range(1, options.seeds):
@@ -143,11 +147,12 @@ def _run(
     seed: int = 0,
     features_of: str | None = None,
 ) -> None:
-    """Run the pipeline, or with `features_of` stage two alone on the features of that run; nothing if it is done."""
-    if (options.runs / run / "evaluate" / "test" / METRICS_FILE).is_file():
-        return
+    """Run the pipeline, or with `features_of` stage two alone on the features of that run.
+
+    What is finished with the same settings and data is not repeated; a run of other settings is refused.
+    """
     sets = [f"data.split.{part}=[{','.join(ids)}]" for part, ids in split.items()]
-    sets += ["data.split.rule=lists", f"seed={seed}", *(f"{key}={_yaml(value)}" for key, value in changes.items())]
+    sets += ["data.split.rule=lists", f"seed={seed}", *(f"{key}={json.dumps(value)}" for key, value in changes.items())]
     settings = _settings(options, options.runs / f"{features_of or run}.index.json", *sets)
     if features_of is None:
         pipeline("run", options.config, run, settings)
@@ -166,15 +171,13 @@ def _scores(run: Path) -> dict[str, Scores]:
     found = read_evaluation(run / "evaluate" / "test" / METRICS_FILE)
     assert found.tools is not None
     phases, tools = found.phases[HEAD][found.convention].per_video, found.tools.per_video
-    return {one: Scores(float(phases[one]["accuracy"] or 0), float(tools[one].map or 0)) for one in found.videos}
+    return {one: Scores(_number(phases[one]["accuracy"]), _number(tools[one].map)) for one in found.videos}
 
 
-def _file_name(name: str) -> str:
-    return name.replace(" ", "-").replace("=", "-")
-
-
-def _yaml(value: Any) -> str:
-    return json.dumps(value)
+def _number(value: float | None) -> float:
+    if value is None:
+        raise UserError("a test video has no phase accuracy or no tool mAP; it needs labels of both")
+    return value
 
 
 def _print(
