@@ -139,7 +139,7 @@ def _by_convention(phases: Sequence[ByConvention], conventions: Sequence[str]) -
 
 
 def _values(results: PhaseResults) -> dict[str, float | None]:
-    """The mean of each metric and, where there is one, the value of all videos pooled, as METRIC_pooled."""
+    """The mean of each metric and, if it has one, the value of all videos pooled, as METRIC_pooled."""
     values = {}
     for metric in results.metrics:
         score = results.score(metric)
