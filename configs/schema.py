@@ -261,7 +261,7 @@ class ScheduleConfig(Strict):
 class LoopConfig(OmitsDefaults):
     """The settings that all training loops have."""
 
-    OMITTED = frozenset({"ema_decay"})
+    OMITTED = frozenset({"ema_decay", "keep_epoch"})
 
     epochs: int = Field(25, ge=1)
     optim: OptimConfig = OptimConfig()
@@ -279,6 +279,17 @@ class LoopConfig(OmitsDefaults):
         description="validate and keep the exponential moving average of the weights, of which each step keeps this "
         "fraction, fewer at first; null: the weights of the last step",
     )
+    keep_epoch: Literal["best", "last"] = Field(
+        "best",
+        description="best: the epoch with the best score on the validation videos; last: the last one, whatever its "
+        "score, so that stage two's decoding is fitted on videos that had no part in the training",
+    )
+
+    @model_validator(mode="after")
+    def _last_epoch_is_trained(self) -> LoopConfig:
+        if self.keep_epoch == "last" and self.early_stop_epochs is not None:
+            raise ValueError("early_stop_epochs has no place with keep_epoch=last, which trains every epoch")
+        return self
 
 
 class AugmentConfig(OmitsDefaults):

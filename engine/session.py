@@ -263,7 +263,8 @@ class TrainingSession:
     def finish_epoch(self, scores: dict[str, float | None], score: float | None) -> bool:
         """Log the epoch, update `best.pt` and write `last.pt`; returns whether this epoch is the best so far.
 
-        A higher score is better. Without validation videos, `score` is None and the last epoch counts as the best.
+        A higher score is better. Without validation videos, `score` is None and the last epoch counts as the best, as
+        it does with `keep_epoch=last`.
         """
         self._read_losses()
         self._require_finite_weights()
@@ -271,7 +272,8 @@ class TrainingSession:
         values: dict[str, Any] = {"epoch": position.epoch, "loss": self.mean_loss, **self._lr(), **scores}
         values["seconds"] = round(time.monotonic() - self._epoch_started_at, 3)
         self.schedule.end_epoch(position.epoch, score)
-        better = score is None or position.best_score is None or score > position.best_score
+        last = self.config.keep_epoch == "last"
+        better = last or score is None or position.best_score is None or score > position.best_score
         if better:
             position.best_score, position.best_epoch, position.epochs_without_better = score, position.epoch, 0
         else:

@@ -420,6 +420,19 @@ def test_early_stopping_keeps_the_best_epoch(tmp_path: Path) -> None:
     assert load_checkpoint(tmp_path / "best.pt")["scores"]["epoch"] == last["best_epoch"]
 
 
+def test_the_last_epoch_can_be_kept_whatever_its_score(tmp_path: Path) -> None:
+    config = LoopConfig(epochs=4, precision="fp32", keep_epoch="last", optim={"name": "sgd", "lr": 1e-12})
+    train(tmp_path, config)  # no epoch is better than the first one
+    best, last = (load_checkpoint(tmp_path / name) for name in ("best.pt", "last.pt"))
+    assert best["scores"]["epoch"] == last["position"]["best_epoch"] == 3
+    assert all(torch.equal(best["model"][name], last["model"][name]) for name in last["model"])
+
+
+def test_keeping_the_last_epoch_is_refused_with_early_stopping() -> None:
+    with pytest.raises(ValueError, match="early_stop_epochs has no place with keep_epoch=last"):
+        LoopConfig(keep_epoch="last", early_stop_epochs=2)
+
+
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [
