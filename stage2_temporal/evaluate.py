@@ -203,6 +203,7 @@ class _Source:
                     "index with --index to extract features for it"
                 )
         index.require_excluded(config.data.exclude, folder)
+        index.require_split(config.data.split, given, folder)
         own = is_own_index(self.run / TEMPORAL_FOLDER, index)
         self._require_separate(index, own=own)
         if not own:

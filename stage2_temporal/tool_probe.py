@@ -109,6 +109,7 @@ def train_tools(
     if not index.dataset.tools:
         raise UserError(f"{folder / INDEX_FILE}: the data set {index.dataset.name} has no tools to recognise")
     index.require_excluded(config.data.exclude, folder)
+    index.require_split(config.data.split, given, folder)
     videos = {part: labelled_videos(folder, index, part) for part in ("train", "val")}
     if not videos["train"]:
         raise UserError(f"{folder / INDEX_FILE}: no training video has tool labels; add them, then index and extract")

@@ -83,6 +83,7 @@ def train_temporal(
         data = processes.each(lambda: read_training_data(folder, where, config.device, tracks))
     require_features_of(data.encoder, config, given, folder)
     data.index.require_excluded(config.data.exclude, folder)
+    data.index.require_split(config.data.split, given, folder)
     starts = [folder] if config.temporal.start_from is None else [folder, config.temporal.start_from.parent]
     inherited = processes.each(partial(inherited_from, starts, data.index, config.data.allow_overlap))
     data = data.with_tool_logits() if config.temporal.tool_logits else data

@@ -21,12 +21,13 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from configs.dataset_spec import DataSetSpec, NamedSplit
 from configs.errors import UserError
-from configs.schema import MAX_FPS
+from configs.load import GivenKeys
+from configs.schema import MAX_FPS, SplitConfig
 from configs.strict import OmitsDefaults
 from engine.files import read_json, sha256_json, write_json
 from features.dataset.layouts import FolderLayout, RecordLayout
 from features.dataset.row_numbers import RowNumbering
-from features.dataset.splits import Split, matching_ids
+from features.dataset.splits import Split, assign_splits, matching_ids, rule_asked_for, with_lists
 from features.ids import id_key, id_problem, natural_key, normal_id
 from features.video.mp4 import MAX_FRAMES
 from features.video.times import FrameTimes
@@ -322,6 +323,18 @@ class Index(OmitsDefaults):
         if kept:
             raise UserError(
                 f"{where}: contains {kept[0]}, which data.exclude leaves out; run `index --force`, then extract"
+            )
+
+    def require_split(self, split: SplitConfig, given: GivenKeys, where: Path) -> None:
+        """Raise UserError if `--set` asks for other splits than those of this index, from feature folder `where`."""
+        asked = rule_asked_for(split)
+        if asked is None or not any(key.startswith("data.split.") for key in given.by_set):
+            return
+        wanted = assign_splits(self.found_ids(), with_lists(self.dataset, self.published), split)
+        if other := next((one for one in self.videos if wanted[one.id] != one.split), None):
+            raise UserError(
+                f"{where}: {other.id} is in split {other.split} of these features, but data.split says "
+                f"{wanted[other.id]}; leave data.split out, or run index and extract with it"
             )
 
     @property

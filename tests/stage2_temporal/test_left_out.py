@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from configs.errors import UserError
-from configs.schema import Config
+from configs.load import GivenKeys
+from configs.schema import Config, SplitConfig
 from engine.stopping import StopRequest
 from features.store import feature_path, rewrite_labels
 from features.store_folder import record_fault
@@ -94,6 +95,25 @@ def test_features_of_a_video_that_is_excluded_since(folder: Path, config: Config
         train_temporal(changed, tmp_path / "run", folder, StopRequest())
     with pytest.raises(UserError, match=said):
         evaluate_run(changed, tmp_path / "run", features=folder, stop=StopRequest())
+
+
+def test_other_splits_than_those_of_the_features_are_refused(folder: Path, config: Config, tmp_path: Path) -> None:
+    own = {part: [name for name, of in SPLITS.items() if of == part] for part in ("train", "val", "test")}
+    other = own | {"val": ["v4"], "test": ["v3", "v5"]}
+
+    def with_split(lists: dict[str, list[str]]) -> Config:
+        split = SplitConfig.model_validate({"rule": "lists", **lists})
+        return config.model_copy(update={"data": config.data.model_copy(update={"split": split})})
+
+    given = GivenKeys(frozenset({"data.split.rule", "data.split.val"}))
+    train_temporal(with_split(own), tmp_path / "run", folder, StopRequest(), given=given)
+    said = r"v3 is in split val of these features, but data.split says test; leave data.split out, or run index and"
+    with pytest.raises(UserError, match=said):
+        train_temporal(with_split(other), tmp_path / "other", folder, StopRequest(), given=given)
+    with pytest.raises(UserError, match=said):
+        evaluate_run(with_split(other), tmp_path / "run", features=folder, stop=StopRequest(), given=given)
+    in_file = GivenKeys(in_file=frozenset({"data.split.val"}))  # the file may be meant for another stage
+    train_temporal(with_split(other), tmp_path / "run2", folder, StopRequest(), given=in_file)
 
 
 def test_numbers_are_counted_by_task(folder: Path, config: Config, tmp_path: Path) -> None:
