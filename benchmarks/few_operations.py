@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,6 +37,8 @@ from few_operations_tables import MODES, Measures, measures, print_tables
 from configs.errors import UserError
 from configs.load import read_yaml
 from engine.files import read_json_object
+from features.dataset.index import Index
+from features.store_folder import INDEX_FILE
 
 CANDIDATES = PROJECT / "benchmarks" / "few_operations.yaml"
 Changes = Mapping[str, Any]
@@ -137,16 +140,29 @@ class Search:
         mode: str = "none",
         run: str | None = None,
     ) -> ByVideo:
-        """Train and evaluate a candidate of stage two on the features of a run."""
+        """Train and evaluate a candidate of stage two on the features of a run, with the splits that are given."""
         run = run or f"{features_of}-{name}-seed{seed}"
         evaluated = self.options.runs / run / "evaluate" / ("test" if mode == "none" else f"test-{mode}")
         if not (evaluated / "metrics.json").is_file():
             settings = self._settings_of(run, {**self.temporal[name], "temporal.baseline": False}, split, seed)
-            folder = str(read_json_object(self.options.runs / features_of / "extract" / "result.json")["folder"])
+            folder = str(self._features(features_of, run, split))
             pipeline("train-temporal", self.options.config, run, settings, ("--features", folder))
             decoding = () if mode == "none" else ("--decoding", mode)
             pipeline("evaluate", self.options.config, run, settings, ("--features", folder, *decoding))
         return measures(self.options.runs / run, evaluated.name)
+
+    def _features(self, run: str, user: str, split: Mapping[str, Sequence[str]]) -> Path:
+        """The features of a run or, for a user with other splits, a copy of them with these splits."""
+        folder = Path(read_json_object(self.options.runs / run / "extract" / "result.json")["folder"])
+        index, parts = Index.load(folder / INDEX_FILE), {one: part for part, ids in split.items() for one in ids}
+        videos = tuple(one.model_copy(update={"split": parts[one.id]}) for one in index.videos)
+        if videos == index.videos:
+            return folder
+        copy = self.options.runs / user / "features" / folder.name
+        if not copy.is_dir():
+            shutil.copytree(folder, copy)
+            index.model_copy(update={"videos": videos}).save(copy / INDEX_FILE)
+        return copy
 
     def _settings_of(self, run: str, changes: Changes, split: Mapping[str, Sequence[str]], seed: int) -> list[str]:
         sets = [f"data.split.{part}=[{','.join(ids)}]" for part, ids in split.items()]
