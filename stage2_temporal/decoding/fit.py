@@ -17,10 +17,12 @@ from stage2_temporal.decoding.inference import Chains, Viterbi, filtered, smooth
 
 KAPPAS = (0.05, 0.1, 0.2, 0.5)
 MIN_DURATIONS_S = (0.0, 5.0, 15.0, 30.0)
-USUAL_KAPPA, USUAL_MIN_DURATION_S = 0.1, 5.0  # without validation videos
-# With one validation video, on which the best epoch was chosen too, probabilities are not made more certain.
-LIMITS_OF_ONE = (1.0, LIMITS[1])
-POSTERIOR_LIMITS = (0.5, 50.0)  # of the temperature of a posterior, which sums up evidence and so is far too certain
+# Without validation videos. A posterior sums up evidence and so is too certain; docs/results.md has the temperatures
+# that were fitted on five operations.
+USUAL_KAPPA, USUAL_MIN_DURATION_S, USUAL_FILTER_TEMPERATURE, USUAL_SMOOTHER_TEMPERATURE = 0.1, 5.0, 2.0, 3.0
+POSTERIOR_LIMITS = (0.5, 50.0)
+# One validation video may be far easier or harder than others: it makes no probability more certain, nor much less.
+LIMITS_OF_ONE, POSTERIOR_LIMITS_OF_ONE = (1.0, 2.0), (1.0, 4.0)
 TOLERANCE = 0.005  # settings with at most this much less accuracy than the best count as equally accurate
 
 
@@ -67,13 +69,15 @@ def fit_track(
     """The decoding of a track with `classes`.
 
     `train` are the labels (T,) of the training videos, `probabilities` (T, C) and `labels` (T,) those of the validation
-    videos. Without labels in these, the temperatures are 1, and the other parameters have their usual values.
+    videos. Without labels in these, the head's temperature is 1, and the other parameters have their usual values.
     """
     found = TrackDecoding(
         classes=tuple(classes),
         filter_kappa=USUAL_KAPPA,
         viterbi_kappa=USUAL_KAPPA,
         min_duration_s=USUAL_MIN_DURATION_S,
+        filter_temperature=USUAL_FILTER_TEMPERATURE,
+        smoother_temperature=USUAL_SMOOTHER_TEMPERATURE,
         graph=learn_graph(train, len(classes), fps),
     )
     if not any((one >= 0).any() for one in labels):
@@ -114,8 +118,9 @@ def _with_filter(found: TrackDecoding, videos: Validation) -> TrackDecoding:
         one = slice(0, frames), slice(at, at + 1)
         smooth[one] = smoothed(found.graph, videos.fps, emissions[one], past[one])
     known = videos.labels >= 0
+    limits = POSTERIOR_LIMITS if len(videos.frames) > 1 else POSTERIOR_LIMITS_OF_ONE
     of_filter, of_smoother = (
-        fit_temperature(log_probabilities(values[known]), videos.labels[known], POSTERIOR_LIMITS)
+        fit_temperature(log_probabilities(values[known]), videos.labels[known], limits)
         for values in (past, smooth)
     )
     return replace(found, filter_temperature=of_filter, smoother_temperature=of_smoother)

@@ -54,6 +54,16 @@ def test_parameters_are_chosen_on_validation_and_scores_recorded() -> None:
     assert fit_track(CLASSES, train, probabilities, unlabelled, 1.0).undecoded.accuracy > 0  # type: ignore[union-attr]
 
 
+def test_one_validation_video_that_is_recognised_badly_makes_no_other_one_useless() -> None:
+    train, val = [operation(0)[0]], [operation(seed) for seed in (10, 11)]
+    labels, probabilities = zip(*((np.roll(one, len(one) // 2), p) for one, p in val), strict=True)
+    one, two = (fit_track(CLASSES, train, probabilities[:n], labels[:n], 1.0) for n in (1, 2))
+    assert one.temperature == pytest.approx(2, abs=0.01)
+    assert one.filter_temperature == pytest.approx(4, abs=0.01)
+    assert two.temperature > 2.5
+    assert two.filter_temperature > 5
+
+
 def test_one_validation_video_makes_no_probability_more_certain() -> None:
     train, val = [operation(0)[0]], [operation(seed, 0.3) for seed in (10, 11)]  # nearly always right, less certain
     labels, probabilities = zip(*((one, 0.6 * p + 0.4 / 3) for one, p in val), strict=True)
@@ -68,7 +78,7 @@ def test_without_validation_labels_usual_parameters_are_taken() -> None:
         found = fit_track(CLASSES, train, *given, 1.0)
         assert found.filter_kappa == found.viterbi_kappa == USUAL_KAPPA
         assert found.min_duration_s == USUAL_MIN_DURATION_S
-        assert found.temperature == found.filter_temperature == found.smoother_temperature == 1
+        assert (found.temperature, found.filter_temperature, found.smoother_temperature) == (1, 2, 3)
         assert found.undecoded is found.filter is found.causal is None
 
 
