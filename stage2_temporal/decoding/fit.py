@@ -120,8 +120,7 @@ def _with_filter(found: TrackDecoding, videos: Validation) -> TrackDecoding:
     known = videos.labels >= 0
     limits = POSTERIOR_LIMITS if len(videos.frames) > 1 else POSTERIOR_LIMITS_OF_ONE
     of_filter, of_smoother = (
-        fit_temperature(log_probabilities(values[known]), videos.labels[known], limits)
-        for values in (past, smooth)
+        fit_temperature(log_probabilities(values[known]), videos.labels[known], limits) for values in (past, smooth)
     )
     return replace(found, filter_temperature=of_filter, smoother_temperature=of_smoother)
 
