@@ -175,7 +175,8 @@ class Search:
 
     def _settings(self, index: Path, *more: str) -> list[str]:
         options = self.options
-        return [f"data.root={options.root}", f"runs={options.runs}", f"data.index={index}", *options.set, *more]
+        own = [f"data.root={options.root}", f"runs={options.runs}", f"data.index={index}"]
+        return [*own, "temporal.decoding.mode=none", *options.set, *more]  # --decoding chooses others
 
 
 def main() -> None:
