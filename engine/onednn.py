@@ -54,7 +54,12 @@ def convolution_relu(
 
 
 def multiplies(dtype: torch.dtype) -> bool:
-    """Whether `pack_linear` and `linear` work with this torch, CPU and data type."""
+    """Whether `pack_linear` and `linear` work with this torch, CPU and data type.
+
+    They never do while torch records a net for export, since no other program has them.
+    """
+    if torch.compiler.is_compiling():
+        return False
     return dtype in _TOLERANCE and _multiply(dtype, *_operations("_reorder_linear_weight", "_linear_pointwise"))
 
 

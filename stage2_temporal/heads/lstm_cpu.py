@@ -16,7 +16,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -112,6 +113,62 @@ def run_lstm(
     back = layout.order.argsort()
     last_h, last_c = (torch.stack(parts).index_select(1, back) for parts in zip(*last_states, strict=True))
     return out.view(len(x), x.shape[1], -1), (last_h, last_c)
+
+
+@torch.no_grad()
+def step_lstm(rnn: nn.LSTM, x: Tensor, state: tuple[Tensor, Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Run the network on one frame, x (B, D), without gradients and dropout.
+
+    Returns the output (B, H) and the last state, a pair of tensors (layers, B, H) like `state`. With oneDNN, these are
+    the numbers of `run_lstm`, bit for bit. That function converts the weights to oneDNN's layout in every call, which
+    takes ten times as long as the products of a frame; here they are kept until a weight changes.
+    """
+    if state is None:
+        zero = rnn.all_weights[0][1].new_zeros(rnn.num_layers, len(x), rnn.hidden_size)
+        state = (zero, zero)
+    last_states = []
+    for (w_ih, w_hh, bias), h, c in zip(_weights_of_steps(rnn, len(x)), *state, strict=True):
+        gates = _product(x, w_ih, bias) + _product(h, w_hh)  # (B, 4 H)
+        i, f = gates[:, : 2 * rnn.hidden_size].sigmoid().chunk(2, dim=1)
+        g, o = gates[:, 2 * rnn.hidden_size :].chunk(2, dim=1)
+        c = (f * c).addcmul(i, g.tanh())
+        x = c.tanh() * o.sigmoid()
+        last_states.append((x, c))
+    last_h, last_c = (torch.stack(parts) for parts in zip(*last_states, strict=True))
+    return x, (last_h, last_c)
+
+
+StepWeights = list[tuple[Tensor, Tensor, Tensor | None]]  # of each layer: w_ih, w_hh, the sum of both biases
+
+
+class _Kept(NamedTuple):
+    """The weights of a network in oneDNN's layout, and the ones that they were made from."""
+
+    source: Sequence[Tensor]  # kept, so that no other tensor can have the same identity
+    identity: list[Any]
+    packed: StepWeights
+
+
+# not attributes of the network, so that they are neither copied nor saved with it
+_KEPT: WeakKeyDictionary[nn.LSTM, _Kept] = WeakKeyDictionary()
+
+
+def _weights_of_steps(rnn: nn.LSTM, rows: int) -> StepWeights:
+    """The weights of each layer for `step_lstm`, packed for `_product` as `run_lstm` packs them."""
+    source = [weight for layer in rnn.all_weights for weight in layer]
+    keep = onednn.multiplies(source[0].dtype) and not any(weight.is_inference() for weight in source)
+    # a Parameter may get other values or other storage, or be replaced by another one
+    identity: list[Any] = (
+        [rows, *((id(weight), weight.data_ptr(), weight._version) for weight in source)] if keep else []
+    )
+    if keep and (kept := _KEPT.get(rnn)) is not None and kept.identity == identity:
+        return kept.packed
+    packed: StepWeights = []
+    for w_ih, w_hh, *biases in rnn.all_weights:
+        packed.append((_packed(w_ih, BLOCK_ROWS), _packed(w_hh, rows), biases[0] + biases[1] if biases else None))
+    if keep:
+        _KEPT[rnn] = _Kept(source, identity, packed)
+    return packed
 
 
 @dataclass(frozen=True)

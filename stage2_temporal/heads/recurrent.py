@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from configs import head_settings, schema
 from engine.device import sent_to
 from stage2_temporal.heads.base import Head, HeadOutput, State, register_head, require_causal
-from stage2_temporal.heads.lstm_cpu import run_lstm
+from stage2_temporal.heads.lstm_cpu import run_lstm, step_lstm
 from stage2_temporal.heads.standardise import Standardise
 
 
@@ -81,8 +81,21 @@ class RecurrentHead(Head):
         else:
             out, last = run_torch(self.rnn, x if standardise is None else standardise(x), hidden, lengths)
         out = F.relu(out) if self.relu else out  # (B, T, H)
+        return HeadOutput([self._logits(out)], out, tuple(part.transpose(0, 1) for part in last))
+
+    def step(self, x: Tensor, state: State | None) -> tuple[Tensor, State]:
+        """See `Head`. An LSTM in evaluation on a CPU keeps its weights prepared from step to step."""
+        quick = not (self.training or torch.is_grad_enabled()) and self._runs_on_cpu_kernel(x)
+        if not (quick and isinstance(self.rnn, nn.LSTM)):
+            return super().step(x, state)
+        pair = None if state is None else (state[0].transpose(0, 1), state[1].transpose(0, 1))
+        out, last = step_lstm(self.rnn, x, pair)
+        return self._logits(F.relu(out) if self.relu else out), tuple(part.transpose(0, 1) for part in last)
+
+    def _logits(self, out: Tensor) -> Tensor:
+        """The outputs (..., H) of the recurrent network, after ReLU if there is one -> logits (..., C)."""
         before_last = out if self.fc_hidden is None else F.relu(self.fc_hidden(out))
-        return HeadOutput([self.fc(self.dropout(before_last))], out, tuple(part.transpose(0, 1) for part in last))
+        return self.fc(self.dropout(before_last))  # type: ignore[no-any-return]
 
     def _runs_on_cpu_kernel(self, x: Tensor) -> bool:
         """Whether `heads.lstm_cpu` can compute an LSTM: it must be unidirectional, on a CPU, and without autocast."""

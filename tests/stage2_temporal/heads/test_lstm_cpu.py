@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from configs import head_settings
-from stage2_temporal.heads.base import build_head
+from engine.onednn import multiplies
+from stage2_temporal.heads.base import Head, build_head
 from stage2_temporal.heads.lstm_cpu import run_lstm
 from stage2_temporal.heads.recurrent import LstmHead, run_packed
 from stage2_temporal.heads.standardise import Standardise
@@ -177,3 +180,79 @@ def test_packed_runs_on_cuda_compute_the_same(given_state: bool) -> None:
     expected, expected_last = run_lstm(head.rnn, x, state, lengths.tolist())
     for one, other in zip((out, *last), (expected, *expected_last), strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+STEPPING = head_settings.LstmHead(hidden=33, layers=2, relu=True, fc_hidden=9)
+
+
+def two_ways(head: Head, rows: int, frames: int = 4) -> list[tuple[Tensor, Tensor]]:
+    """Logits and state of single frames: by the head's own step, and by its forward pass on one frame."""
+    found, one, other = [], None, None
+    with torch.no_grad():
+        for x in torch.randn(frames, rows, 70, generator=torch.Generator().manual_seed(rows)):
+            logits, one = head.step(x, one)
+            expected, other = Head.step(head, x, other)
+            found += [(logits, expected), *zip(one, other, strict=True)]
+    return found
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_a_step_gives_the_bits_of_the_forward_pass(rows: int) -> None:
+    torch.manual_seed(0)
+    head = build_head(STEPPING, 70, 7).eval()
+    if multiplies(torch.float32):
+        assert all(torch.equal(one, other) for one, other in two_ways(head, rows))
+    for operations in (public_operations(), {"_linear_pointwise": None}):
+        with other_operations(**operations):
+            for one, other in two_ways(
+                copy.deepcopy(head), rows
+            ):  # MKL's bits depend on the place of a table in memory
+                torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
+
+
+def _step_of_sgd(head: Head) -> None:
+    head(torch.ones(1, 3, 70)).logits.sum().backward()
+    torch.optim.SGD(head.parameters(), lr=0.1).step()
+
+
+def _loaded(head: Head) -> None:
+    torch.manual_seed(9)
+    head.load_state_dict(build_head(STEPPING, 70, 7).state_dict())
+
+
+def _replaced(head: Head) -> None:
+    rnn = head.get_submodule("rnn")
+    for name, weight in list(rnn.named_parameters()):
+        setattr(rnn, name, nn.Parameter(weight.detach() * 2))
+
+
+def _moved(head: Head) -> None:
+    head.double().float().get_parameter("rnn.weight_ih_l1").data = torch.ones(132, 33)
+
+
+@pytest.mark.parametrize("change", [_step_of_sgd, _loaded, _replaced, _moved])
+def test_a_step_follows_a_change_of_the_weights(change: Callable[[Head], None]) -> None:
+    """Those in oneDNN's layout are kept from step to step."""
+    torch.manual_seed(0)
+    head = build_head(STEPPING, 70, 7).eval()
+    before = two_ways(head, 1)[0][0]
+    change(head)
+    after = two_ways(head, 1)
+    for one, other in after:
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
+    assert not torch.equal(after[0][0], before)
+    twin = copy.deepcopy(head)  # with kept weights, which no copy and no state dict has
+    assert twin.state_dict().keys() == head.state_dict().keys()
+    assert torch.equal(two_ways(twin, 1)[0][0], after[0][0])
+
+
+def test_a_step_with_gradients_or_dropout_is_the_forward_pass() -> None:
+    head = build_head(head_settings.LstmHead(hidden=8, layers=2, dropout=0.5), 70, 7)
+    x = torch.randn(3, 70)
+    torch.manual_seed(4)
+    logits, _ = head.step(x, None)
+    logits.sum().backward()
+    assert all(weight.grad is not None for weight in head.parameters())
+    torch.manual_seed(4)
+    with torch.no_grad():
+        assert torch.equal(head.step(x, None)[0], logits)
