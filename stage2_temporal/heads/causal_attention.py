@@ -22,7 +22,8 @@ class CausalTransformer(nn.Module):
 
     In every block, each frame attends to itself and to the window - 1 frames before it. The state holds the keys and
     values (B, S, 2 M) of the last S frames for each block, S being at most window - 1, and then the number (B,) of them
-    that are frames of the video. The others, before its first frame, are zeros and masked.
+    that are frames of the video (in a window of one frame: 1 after the first frame). The others, before its first
+    frame, are zeros and masked.
     """
 
     def __init__(self, config: CausalAttentionSettings, embedding_dim: int) -> None:
@@ -49,7 +50,7 @@ class CausalTransformer(nn.Module):
         for block, cache in zip(self.blocks, caches, strict=True):
             y, kept = block(y, cache, seen)
             after.append(kept)
-        return self.norm(y), (*after, (real + frames).clamp(max=whole))
+        return self.norm(y), (*after, (real + frames).clamp(max=max(whole, 1)))
 
 
 class Block(nn.Module):

@@ -34,9 +34,13 @@ class KeyPoolingHead(Head):
     def forward(self, x: Tensor, state: State | None = None, lengths: Tensor | None = None) -> HeadOutput:
         """See `Head`. `lengths` is not needed: padding is at the end, and a frame depends on the past only."""
         local, window = self.transformer(x, None if state is None else state[:-1])  # (B, T, M)
-        largest = self.key(local).cummax(dim=1).values  # (B, T, K)
-        if state is not None:  # a first frame has its own key alone, since keys may be negative
-            largest = torch.maximum(largest, state[-1].to(largest.dtype)[:, None])
+        largest = self.key(local)  # (B, T, K)
+        if x.shape[1] > 1:
+            largest = largest.cummax(dim=1).values
+        if state is not None:
+            before, started = state[-1].to(largest.dtype), state[-2][:, None] > 0
+            # in a zero state there is no frame yet, and no key: it must not be 0, since keys may be negative
+            largest = torch.maximum(largest, torch.where(started, before, -torch.inf)[:, None])
         y = self.fused_norm(local + self.expanded_norm(F.relu(self.expand(largest))))  # (B, T, M)
         y = self.norm(y + self.mixed_norm(F.relu(self.mix(y))))
         return HeadOutput([self.fc(self.dropout(y))], y, (*window, largest[:, -1]))

@@ -39,6 +39,7 @@ MSTCN = head_settings.MstcnPlusPlusHead(name="mstcn++", layers=4, refinements=1,
 OFFLINE: dict[str, Any] = {"bidirectional": BIDIRECTIONAL, "mstcn++": MSTCN}
 EVERY = CAUSAL | OFFLINE
 
+LONG = [name for name in CAUSAL if name not in ("lstm of two layers", "tcn of three stages")]
 NAMES = {"lstm", "gru", "tcn", "ssm", "trans_svnet", "mstcn++", "linear", "attention", "key_pooling"}
 RECURRENT = ("lstm", "lstm of two layers", "gru", "bidirectional")
 
@@ -81,7 +82,7 @@ def test_whole_chunked_and_single_frames_agree(name: str, cuts: list[int], seed:
             torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", [name for name in CAUSAL if name not in ("lstm of two layers", "tcn of three stages")])
+@pytest.mark.parametrize("name", LONG)
 def test_agreement_over_5000_frames(name: str) -> None:
     """Chunks of 1000 frames, and single frames from a state that is 4,900 frames old."""
     head, x = head_of(CAUSAL[name]), frames(1, 5000)
@@ -211,11 +212,26 @@ def test_offline_heads_see_the_future_and_refuse_to_do_without(name: str) -> Non
         head(x, output.state)
 
 
-@pytest.mark.parametrize("name", ["lstm", "gru", "lstm of two layers"])
-def test_recurrent_heads_start_from_zero(name: str) -> None:
+@pytest.mark.parametrize("name", CAUSAL)
+def test_heads_start_from_zero(name: str) -> None:
+    """A state of zeros is that before the first frame, for programs that hold the state themselves."""
     head, x = head_of(CAUSAL[name]), frames(2, 6)
     zero = tuple(torch.zeros_like(part) for part in head(x).state)
-    assert torch.equal(head(x).logits, head(x, zero).logits)
+    torch.testing.assert_close(head(x).logits, head(x, zero).logits, atol=1e-6, rtol=0)
+    torch.testing.assert_close(head.step(x[:, 0], zero)[0], head(x).logits[:, 0], atol=1e-6, rtol=0)
+
+
+def test_key_pooling_with_a_window_of_one_frame_pools_over_all() -> None:
+    config = head_settings.KeyPoolingHead(name="key_pooling", width=8, heads=2, window=1, keys=3)
+    head, x = head_of(config), frames(2, 6)
+    with torch.no_grad():
+        whole = head(x)
+        state, steps = tuple(torch.zeros_like(part) for part in whole.state), []
+        for t in range(6):
+            logits, state = head.step(x[:, t], state)
+            steps.append(logits)
+    torch.testing.assert_close(torch.stack(steps, 1), whole.logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(head(x[:, 3:], head(x[:, :3]).state).logits, whole.logits[:, 3:], atol=1e-5, rtol=0)
 
 
 def test_lstm_starts_as_the_reference() -> None:
