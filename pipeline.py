@@ -16,7 +16,17 @@ from typing import Any
 
 import click
 
-PACKAGES = ("commands", "configs", "engine", "evaluation", "features", "interop", "stage1_cnn", "stage2_temporal")
+PACKAGES = (
+    "commands",
+    "configs",
+    "engine",
+    "evaluation",
+    "features",
+    "interop",
+    "live",
+    "stage1_cnn",
+    "stage2_temporal",
+)
 for _package in PACKAGES:  # the names are common, and Python would import another package that is earlier on the path
     _spec = importlib.util.find_spec(_package)
     _found = [os.path.realpath(place) for place in _spec.submodule_search_locations or ()] if _spec else []

@@ -256,8 +256,8 @@ def predict(
     If a video cannot be read, it is reported, the others are predicted, and the exit code is 1. For research only, not
     a medical device.
     """
-    from stage2_temporal.joint.new_videos import joint_net
-    from stage2_temporal.new_videos import pair_of_stages, predict_new_videos
+    from live.nets import joint_net, pair_of_stages
+    from live.new_videos import predict_new_videos
 
     run = settings.run()
     if joint := options.uses_joint(model, run):
@@ -271,12 +271,12 @@ def predict(
             options.refuse("--from-joint, extract.checkpoint or extract.encoder=initial", options.given("cnn_run"))
     with options.watch_signals() as stop:
         if joint:
-            recogniser = joint_net(config, run, inference, settings.given())
+            nets = joint_net(config, run, inference, settings.given())
         else:
             encoder_run = settings.other_run(cnn_run)
-            recogniser = pair_of_stages(config, run, encoder_run, inference, trusted=trusted, given=settings.given())
+            nets = pair_of_stages(config, run, encoder_run, inference, trusted=trusted, given=settings.given())
         done = predict_new_videos(
-            recogniser, videos, out or run / "predict", draw=draw, formats=tuple(dict.fromkeys(formats)), stop=stop
+            nets, videos, out or run / "predict", draw=draw, formats=tuple(dict.fromkeys(formats)), stop=stop
         )
     click.echo(done.sentence())
     options.end_with_failures(done.failed)

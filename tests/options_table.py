@@ -28,8 +28,8 @@ READING = {
 WEIGHTS = ["--set", "cnn.weights=own.pth"]
 PREDICT = {**RUN, "--inference": "clip", "--decoding": "causal", "--out": "a #b", "--video": "", "--as": "eaf"}
 EXTRACT = {**RUN, "--devices": "2", "--shard": "1/2", "--index": "a #b"}
-NEW_VIDEOS = "stage2_temporal.new_videos:predict_new_videos"
-PAIR = ("stage2_temporal.new_videos:pair_of_stages", NEW_VIDEOS)
+NEW_VIDEOS = "live.new_videos:predict_new_videos"
+PAIR = ("live.nets:pair_of_stages", NEW_VIDEOS)
 MATRIX = {"--matrix": ""}
 WITHOUT_MATRIX = {"--mapping": "cataract", "--csv": "x.csv", "--html": "x.html"}
 COMPARE = ("evaluation.comparison:compare_models",)
@@ -348,7 +348,7 @@ MODES = [
         "predict",
         "a joint net",
         ["video.mp4", *JOINT],
-        ("stage2_temporal.joint.new_videos:joint_net", NEW_VIDEOS),
+        ("live.nets:joint_net", NEW_VIDEOS),
         {option: value for option, value in PREDICT.items() if option != "--decoding"},
         {"--from-cnn": "a", "--from-joint": "b", "--trusted": "", "--decoding": "causal"},
     ),

@@ -100,7 +100,7 @@ def note_work(monkeypatch: pytest.MonkeyPatch, work: Work, mode: Mode) -> None:
 
 def replace(monkeypatch: pytest.MonkeyPatch, module: str, name: str, by: Any) -> None:
     """Put `by` into a module; modules of the stages are empty ones, so that nothing here needs torch."""
-    if module.startswith(("stage", "interop", "commands.run")):
+    if module.startswith(("stage", "interop", "live", "commands.run")):
         if not isinstance(sys.modules.get(module), SimpleNamespace):
             monkeypatch.setitem(sys.modules, module, SimpleNamespace())
         setattr(sys.modules[module], name, by)

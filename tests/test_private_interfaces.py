@@ -23,6 +23,7 @@ from engine.files import NoRoomError, as_user_error
 from engine.logs import MetricLog, read_metrics
 from engine.optim import build_optimizer
 from engine.stopping import StopRequest
+from pipeline import PACKAGES
 from stage1_cnn.data import FrameLoader
 from stage1_cnn.encoders.openvino_net import openvino
 
@@ -57,8 +58,7 @@ NOWHERE = (
 @pytest.fixture(scope="module")
 def sources() -> dict[str, str]:
     """The product's files."""
-    rooms = ("commands", "configs", "engine", "evaluation", "features", "interop", "stage1_cnn", "stage2_temporal")
-    files = [PROJECT / "pipeline.py", *(path for room in rooms for path in (PROJECT / room).rglob("*.py"))]
+    files = [PROJECT / "pipeline.py", *(path for room in PACKAGES for path in (PROJECT / room).rglob("*.py"))]
     return {path.relative_to(PROJECT).as_posix(): path.read_text(encoding="utf-8") for path in files}
 
 

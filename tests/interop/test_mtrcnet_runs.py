@@ -17,9 +17,9 @@ from engine.checkpoints import load_checkpoint, load_external_state, save_checkp
 from engine.files import sha256_file
 from features.dataset.phase_order import ids_of_order
 from interop.mtrcnet_runs import ImportRequest, export_original, import_original
+from live.nets import joint_net
 from stage1_cnn.encoders.backbone import build_backbone
 from stage2_temporal.joint.net import JointAbout, attach_joint, build_joint, joint_checkpoint, load_joint
-from stage2_temporal.joint.new_videos import joint_net
 from tests.interop.originals import LINEAR, original_state, restated
 
 REST = "_opt_1_mulopt_1_flip_0_crop_1_batch_400_train1_9991_train2_9958_val1_9725_val2_8864"

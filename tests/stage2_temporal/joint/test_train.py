@@ -20,6 +20,7 @@ from engine.checkpoints import load_checkpoint
 from engine.logs import read_metrics
 from engine.stopping import Stopped, StopRequest
 from features.store_folder import load_feature_set
+from live.nets import pair_of_stages
 from stage1_cnn.encoders.backbone import build_backbone
 from stage1_cnn.extract import extract
 from stage1_cnn.train import train_cnn
@@ -31,7 +32,6 @@ from stage2_temporal.joint.predict import embed_crops, predict_videos
 from stage2_temporal.joint.start import start_weights
 from stage2_temporal.joint.train import Start, initial_net, leaves_unused, train_joint
 from stage2_temporal.model import PhaseModel
-from stage2_temporal.new_videos import pair_of_stages
 from stage2_temporal.predict import load_temporal, predict_phases
 from stage2_temporal.train import train_temporal
 from tests.onednn import cpu_with_bf16
