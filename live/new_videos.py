@@ -34,7 +34,6 @@ from evaluation.files.pre_annotations import (
     write_labelling_config,
 )
 from evaluation.files.predictions import PHASE, PredictionFile, write_prediction_csv
-from evaluation.metrics.tools import sigmoid
 from evaluation.reports.overlay import Overlay
 from evaluation.reports.paper_figures import phase_ribbons
 from features.annotation_files.intervals import DEFAULT_TRACK, VideoAnnotations
@@ -45,9 +44,8 @@ from features.frames.source import open_source, source_frames
 from features.ids import file_stem
 from features.video.write import encode_mp4
 from live.nets import Nets
+from live.recogniser import PhaseRecogniser, Recognition
 from stage1_cnn.decode_ahead import frames_of_videos
-from stage2_temporal.decoding.tools import ToolSmoother
-from stage2_temporal.predict import OnlinePredictor
 
 # Encodes fast, with sufficient quality: the annotated video illustrates a prediction and is not an archive.
 _ENCODER = {"preset": "veryfast", "crf": "23"}
@@ -138,6 +136,38 @@ def _predict_all(videos: Sequence[_Video], config: Config, report: PredictReport
                 bar.update(len(message))
 
 
+class _Found:
+    """What was recognised in a video so far: labels, probabilities of each label track, and tools."""
+
+    def __init__(self) -> None:
+        self._labels: dict[str, list[int]] = {}
+        self._probabilities: dict[str, list[NDArray[np.float32]]] = {}
+        self._tools: list[NDArray[np.float32]] = []
+
+    def add(self, recognised: Sequence[Recognition]) -> None:
+        """Add what was recognised in the next frames."""
+        for one in recognised:
+            for track, found in {MAIN_TRACK: one.main, **one.tracks}.items():
+                self._labels.setdefault(track, []).append(found.label)
+                self._probabilities.setdefault(track, []).append(found.probabilities)
+            if one.tools is not None:
+                self._tools.append(one.tools)
+
+    def predictions(self, frame_index: NDArray[np.int64], time_s: NDArray[np.float64]) -> list[PredictionFile]:
+        """The prediction of the phases and that of each further track, for frames with these numbers and times."""
+        tools = np.stack(self._tools) if self._tools else None
+        return [
+            PredictionFile(
+                frame_index,
+                time_s,
+                np.array(self._labels[track], dtype=np.int8),
+                np.stack(values),
+                tools if track == MAIN_TRACK else None,
+            )
+            for track, values in self._probabilities.items()
+        ]
+
+
 class _Video:
     """The prediction of one video, computed from the messages of `stage1_cnn.decode_ahead`, and its files."""
 
@@ -164,6 +194,7 @@ class _Video:
         version = package_version("surgstage")
         self._about = {"source": self.entry.source, "surgstage": version, "made_by": self._made_by}
         self.frame_index = sampled_frames(self.entry, nets.config.data.fps)
+        self._time_s = frame_times_s(self.entry, self.frame_index)
         self.open_frames = partial(source_frames, nets.config, dataset, self.entry, self.frame_index)
 
     def is_done(self) -> bool:
@@ -179,32 +210,15 @@ class _Video:
         if isinstance(message, dict):
             # written first, so that after an interruption the other files are known to be this program's
             write_json(self._files["json"], {**self._about, "complete": False})
-            known = self._nets
-            self._online = OnlinePredictor(known.phase, known.inference, known.clip_frames, known.config.device)
-            self._phases: list[NDArray[np.float32]] = []
-            self._smoother = ToolSmoother(known.tool_smoothing_s, known.config.data.fps)
-            self._tools: list[NDArray[np.float64]] = []
+            self._recogniser, self._found, self._frames = PhaseRecogniser(self._nets), _Found(), 0
         elif message is not None:
-            embedding, logits = self._nets.encode(message)  # (N, D), (N, K)
-            self._phases += [self._online.step(frame) for frame in embedding]
-            if logits is not None:
-                self._tools.append(self._smoother.step(sigmoid(logits)))
+            rows = slice(self._frames, self._frames + len(message))
+            self._frames = rows.stop
+            taken = self._recogniser.recognise(message, self.frame_index[rows].tolist(), self._time_s[rows].tolist())
+            self._found.add(taken)
         else:
+            self._found.add(self._recogniser.finish())
             self._write()
-
-    def _predictions(self) -> list[PredictionFile]:
-        """The predictions of the phases, with the tools, and of each additional track."""
-        known = self._nets
-        tools = np.concatenate(self._tools).astype(np.float32) if self._tools else None
-        time_s = frame_times_s(self.entry, self.frame_index)
-        found = []
-        for track, values in zip((MAIN_TRACK, *known.tracks), known.by_track(np.stack(self._phases)), strict=True):
-            labels, probabilities = values.argmax(axis=1).astype(np.int8), values
-            if known.decoding:
-                labels, probabilities = known.decoding.decode(track, known.config.data.fps, values)
-            of_tools = tools if track == MAIN_TRACK else None
-            found.append(PredictionFile(self.frame_index, time_s, labels, probabilities, of_tools))
-        return found
 
     def _annotations(self, predictions: Sequence[PredictionFile]) -> VideoAnnotations:
         """The predictions of each track as intervals.
@@ -226,7 +240,7 @@ class _Video:
 
     def _write(self) -> None:
         spec = self._nets.spec
-        prediction, *others = predictions = self._predictions()
+        prediction, *others = predictions = self._found.predictions(self.frame_index, self._time_s)
         self._write_track(prediction, spec, PHASE, "phases", "")
         for track, one in zip(self._nets.tracks, others, strict=True):
             make_folder(self._files[f"{track}/csv"].parent)

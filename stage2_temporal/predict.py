@@ -276,6 +276,20 @@ class OnlinePredictor:
         self._state: State | None = None
         self._clip: Tensor | None = None
 
+    def state(self) -> dict[str, Any]:
+        """What is remembered of the frames so far: tensors on the CPU."""
+        carried, clip = self._state, self._clip
+        return {
+            "carried": None if carried is None else tuple(tensor.cpu().clone() for tensor in carried),
+            "clip": None if clip is None else clip.cpu().clone(),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state`, which a predictor of the same model and inference mode returned."""
+        carried, clip = state["carried"], state["clip"]
+        self._state = None if carried is None else tuple(tensor.to(self._device) for tensor in carried)
+        self._clip = None if clip is None else clip.to(self._device)
+
     @torch.no_grad()
     def step(self, x: Tensor | ArrayLike) -> NDArray[np.float32]:
         """The probabilities (C,) for the next frame's embedding (D,), or (B, C) for (B, D), B videos in parallel."""

@@ -12,7 +12,9 @@ DOCUMENTS = [*PROJECT.glob("*.md"), *PROJECT.glob("docs/*.md")]
 TEST = re.compile(r"`(?:tests/)?((?:\w+/)*test_\w+\.py)(?:::(\w+))?`(?:, `::(\w+)`)*")
 MORE = re.compile(r"`::(\w+)`")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-SOURCE = re.compile(r"`((?:benchmarks|commands|configs|engine|evaluation|features|interop|stage\d_\w+)/[\w/]+\.\w+)`")
+SOURCE = re.compile(
+    r"`((?:benchmarks|commands|configs|engine|evaluation|features|interop|live|stage\d_\w+)/[\w/]+\.\w+)`"
+)
 
 
 def anchors(path: Path) -> set[str]:

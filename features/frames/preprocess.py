@@ -171,12 +171,24 @@ def find_margin(frames: Iterable[np.ndarray]) -> Box | None:
     """
     boxes, size = [], (0, 0)
     for frame in frames:
-        bright = frame.max(axis=-1) > _BLACK_LEVEL
-        rows = np.flatnonzero(bright.mean(axis=1) > _BRIGHT_FRACTION)
-        columns = np.flatnonzero(bright.mean(axis=0) > _BRIGHT_FRACTION)
         size = frame.shape[:2]
-        if len(rows) > size[0] / 4 and len(columns) > size[1] / 4:
-            boxes.append((columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))
+        if (box := field_of_view(frame)) is not None:
+            boxes.append(box)
+    return margin_of(boxes, size)
+
+
+def field_of_view(frame: np.ndarray) -> Box | None:
+    """The bright field of view of one frame (H, W, 3); None if it is too small (see `find_margin`)."""
+    bright = frame.max(axis=-1) > _BLACK_LEVEL
+    rows = np.flatnonzero(bright.mean(axis=1) > _BRIGHT_FRACTION)
+    columns = np.flatnonzero(bright.mean(axis=0) > _BRIGHT_FRACTION)
+    if len(rows) > frame.shape[0] / 4 and len(columns) > frame.shape[1] / 4:
+        return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+    return None
+
+
+def margin_of(boxes: Sequence[Box], size: Sequence[int]) -> Box | None:
+    """The box of a video with these fields of view in frames of `size` (height, width); see `find_margin`."""
     if not boxes:
         return None
     sides = np.array(boxes)

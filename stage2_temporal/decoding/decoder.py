@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -81,6 +81,25 @@ class Decoder:
             self._posteriors = deque(smoothed(self._fitted.graph, self._fps, np.stack(self._emissions), past))
             temperature = self._fitted.smoother_temperature
         return [self._decision(int(one[0]), temperature) for one in self._viterbi.finish()]
+
+    def state(self) -> dict[str, Any]:
+        """What the decoder remembers of the frames so far, as plain containers and arrays."""
+        return {
+            "frames": self._frames,
+            "filter": self._filter and self._filter.state(),
+            "viterbi": self._viterbi and self._viterbi.state(),
+            "posteriors": list(self._posteriors),
+            "emissions": list(self._emissions),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from `state`, which a decoder with the same parameters, settings and rate returned."""
+        self._frames = state["frames"]
+        self._posteriors, self._emissions = deque(state["posteriors"]), list(state["emissions"])
+        if self._filter is not None:
+            self._filter.restore(state["filter"])
+        if self._viterbi is not None:
+            self._viterbi.restore(state["viterbi"])
 
     def _decision(self, label: int, temperature: float) -> Decision:
         posterior = self._posteriors.popleft()[0]

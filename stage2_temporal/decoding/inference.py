@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import numpy as np
 
@@ -93,6 +94,15 @@ class Viterbi:
         count, self._waiting = self._waiting, 0
         return self._path(count) if count else []
 
+    def state(self) -> dict[str, Any]:
+        """What the decoder remembers of the frames so far, as plain containers and arrays."""
+        return {"score": self._score, "links": list(self._links), "waiting": self._waiting}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from `state`, which a decoder with the same chains and lag returned."""
+        self._score, self._waiting = state["score"], state["waiting"]
+        self._links = deque(state["links"], maxlen=self._lag)
+
     def _path(self, frames: int) -> list[IntArray]:
         """The classes of the last `frames` frames on the path that is the most probable one now."""
         assert self._score is not None
@@ -120,6 +130,14 @@ class ForwardFilter:
         posterior: FloatArray = weighted / weighted.sum(axis=1, keepdims=True)
         self._predicted = posterior @ self._matrix
         return posterior
+
+    def state(self) -> FloatArray:
+        """What the filter remembers of the frames so far."""
+        return self._predicted
+
+    def restore(self, state: FloatArray) -> None:
+        """Continue from `state`."""
+        self._predicted = state
 
 
 def filtered(graph: TransitionGraph, fps: float, emissions: FloatArray) -> FloatArray:

@@ -33,6 +33,14 @@ class ToolSmoother:
             found[at] = self._last
         return found
 
+    def state(self) -> NDArray[np.float64] | None:
+        """The average so far (K,); None before the first frame, and without smoothing."""
+        return self._last
+
+    def restore(self, state: NDArray[np.float64] | None) -> None:
+        """Continue from `state`."""
+        self._last = state
+
 
 def smoothed_tool_logits(
     logits: Mapping[str, NDArray[np.float32]], time_s: float, fps: float
