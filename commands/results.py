@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from commands import options
+from commands.nets import NetChoice, net_options
 from commands.options import FILE, PATH, Settings
 from configs.errors import UserError
 
@@ -217,14 +218,9 @@ def report(runs: tuple[Path, ...], split: str, out: Path | None, figures: Path |
 
 
 @click.command()
-@options.settings()
+@net_options
 @click.argument("videos", nargs=-1, required=True, type=PATH)
 @click.option("--out", type=PATH, help="Folder to write. Default: RUN/predict.")
-@options.MODEL
-@click.option("--from-cnn", "cnn_run", metavar="RUN", help="Run whose stage one made the features. Default: this run.")
-@click.option("--from-joint", "joint_run", metavar="RUN", help="Run whose joint net made the features.")
-@options.INFERENCE
-@options.DECODING
 @click.option("--video", "draw", is_flag=True, help="Also write an MP4 with phase, tools and confidence drawn on it.")
 @click.option(
     "--as",
@@ -234,20 +230,7 @@ def report(runs: tuple[Path, ...], split: str, out: Path | None, figures: Path |
     help="Also write phases as intervals with their confidence, to be corrected in ELAN (eaf) or Label Studio. "
     "Repeatable.",
 )
-@options.TRUSTED
-def predict(
-    settings: Settings,
-    videos: tuple[Path, ...],
-    out: Path | None,
-    model: str,
-    cnn_run: str | None,
-    joint_run: str | None,
-    inference: Any,
-    decoding: Any,
-    draw: bool,
-    formats: tuple[str, ...],
-    trusted: bool,
-) -> None:
+def predict(net: NetChoice, videos: tuple[Path, ...], out: Path | None, draw: bool, formats: tuple[str, ...]) -> None:
     """Recognise phases and tools in new videos: CSV, ribbon, annotated video.
 
     VIDEOS are files or folders of frames; they need no labels. Each frame is predicted from itself and earlier frames
@@ -256,27 +239,11 @@ def predict(
     If a video cannot be read, it is reported, the others are predicted, and the exit code is 1. For research only, not
     a medical device.
     """
-    from live.nets import joint_net, pair_of_stages
     from live.new_videos import predict_new_videos
 
-    run = settings.run()
-    if joint := options.uses_joint(model, run):
-        of_stages = ("cnn_run", "joint_run", "trusted", "decoding")
-        options.refuse("a joint net, which makes its own features", options.given(*of_stages))
-    checkpoint = settings.joint_checkpoint(joint_run)
-    config = settings.changed({"extract.checkpoint": checkpoint, "temporal.decoding.mode": decoding})
-    if not joint:
-        options.refuse_trusted(trusted, options.known_encoder(config))
-        if not options.uses_stage_one(config):
-            options.refuse("--from-joint, extract.checkpoint or extract.encoder=initial", options.given("cnn_run"))
     with options.watch_signals() as stop:
-        if joint:
-            nets = joint_net(config, run, inference, settings.given())
-        else:
-            encoder_run = settings.other_run(cnn_run)
-            nets = pair_of_stages(config, run, encoder_run, inference, trusted=trusted, given=settings.given())
         done = predict_new_videos(
-            nets, videos, out or run / "predict", draw=draw, formats=tuple(dict.fromkeys(formats)), stop=stop
+            net.load(), videos, out or net.run / "predict", draw=draw, formats=tuple(dict.fromkeys(formats)), stop=stop
         )
     click.echo(done.sentence())
     options.end_with_failures(done.failed)

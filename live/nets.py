@@ -51,6 +51,7 @@ class Nets:
     weights: dict[str, str]
     tracks: tuple[str, ...] = ()  # additional label tracks, in the order of `phase`'s output after the phases
     decoding: ChosenDecoding | None = None
+    tools: bool = True  # whether tools are recognised
 
     def by_track(self, probabilities: NDArray[np.float32]) -> list[NDArray[np.float32]]:
         """The output of `phase` (T, C), divided into the probabilities of the phases and of each of `tracks`."""
@@ -114,7 +115,8 @@ def pair_of_stages(
     if probe is not None:
         weights["tools"] = sha256_file(probe.path)
     encode = _encode_as_stored(encoder, bool(about.tool_inputs), probe, str(folder))
-    return Nets(encode, model, inference, about.frames, config, spec, weights, about.further_tracks, decoding)
+    tools = has_head or probe is not None
+    return Nets(encode, model, inference, about.frames, config, spec, weights, about.further_tracks, decoding, tools)
 
 
 def _encoder_of(
@@ -196,4 +198,4 @@ def joint_net(config: Config, run: Path, inference: Inference | None = None, giv
         return embedding, net.tool_head(embedding).cpu().numpy() if net.tool_head is not None else None
 
     weights = {"joint": sha256_file(path)}
-    return Nets(encode, net.phase, inference, about.frames, config, spec, weights)
+    return Nets(encode, net.phase, inference, about.frames, config, spec, weights, tools=net.tool_head is not None)

@@ -45,10 +45,8 @@ from features.ids import file_stem
 from features.video.write import encode_mp4
 from live.nets import Nets
 from live.recogniser import PhaseRecogniser, Recognition
+from live.recording import ENCODER
 from stage1_cnn.decode_ahead import frames_of_videos
-
-# Encodes fast, with sufficient quality: the annotated video illustrates a prediction and is not an archive.
-_ENCODER = {"preset": "veryfast", "crf": "23"}
 
 
 @dataclass
@@ -317,4 +315,4 @@ def _draw(nets: Nets, prediction: PredictionFile, dataset: Dataset, path: Path, 
             uneven = entry.times_s is not None or (entry.frames and entry.frames.missing)
             time_s = frame_times_s(entry, shown) if uneven else None
             rate = entry.fps / entry.image_stride
-            encode_mp4(temporary, drawn_frames(), rate, _ENCODER, stop.raise_if_set, time_s)
+            encode_mp4(temporary, drawn_frames(), rate, ENCODER, stop.raise_if_set, time_s)

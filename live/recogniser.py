@@ -97,7 +97,7 @@ class PhaseRecogniser:
     def reset(self) -> None:
         """Start a new video: forget the frames so far."""
         decoding = self.nets.decoding
-        self.sampler: Sampler[NDArray[np.uint8]] = Sampler(self._fps)
+        self.sampler: Sampler[Any] = Sampler(self._fps)
         self.last: tuple[int, float] | None = None  # number and time of the last sampled frame
         self._geometry.reset()
         self._online.reset()
@@ -121,9 +121,12 @@ class PhaseRecogniser:
 
     def take(self, shown: Shown[NDArray[np.uint8]], now_s: float) -> list[Recognition]:
         """Take a frame that is sampled already; `now_s` is when the newest frame is shown that was awaited for it."""
+        return self.recognise(self.resize(shown.picture), [shown.number], [shown.time_s], now_s)
+
+    def resize(self, frame: NDArray[np.uint8]) -> Tensor:
+        """Cut and resize the next sampled frame, (H, W, 3) -> (1, R, R, 3) uint8, as `recognise` takes it."""
         with self._timed("preprocess"):
-            resized = torch.from_numpy(self._geometry.resize(shown.picture))[None]
-        return self.recognise(resized, [shown.number], [shown.time_s], now_s)
+            return torch.from_numpy(self._geometry.resize(frame))[None]
 
     def recognise(
         self, frames: Tensor, numbers: Iterable[int], times_s: Iterable[float], now_s: float | None = None

@@ -97,7 +97,7 @@ class Sampler(Generic[Picture]):
         return math.ceil((time_s - self.first_s - ROUNDING_S) * self._fps)
 
     def state(self, last_s: float | None) -> dict[str, Any]:
-        """The state after a chosen frame, shown at `last_s` (None: before the first), as if no later one had arrived."""
+        """The state after the chosen frame at `last_s` (None: before the first), as if no later one had arrived."""
         return {"first_s": self.first_s if last_s is not None else None, "last_s": last_s, **self.counts.to_json()}
 
     def restore(self, state: dict[str, Any]) -> None:

@@ -30,6 +30,9 @@ PREDICT = {**RUN, "--inference": "clip", "--decoding": "causal", "--out": "a #b"
 EXTRACT = {**RUN, "--devices": "2", "--shard": "1/2", "--index": "a #b"}
 NEW_VIDEOS = "live.new_videos:predict_new_videos"
 PAIR = ("live.nets:pair_of_stages", NEW_VIDEOS)
+STREAM = {**RUN, "--inference": "clip", "--decoding": "causal", "--speed": "max", "--raw": "8x8@25", "--give-up": "3"}
+STREAM |= {f"--{name}": "a #b" for name in ("jsonl", "csv", "record", "dump-input", "state", "report")}
+STREAMING = ("live.sources.open:open_source_named", "live.stream:run_stream")
 MATRIX = {"--matrix": ""}
 WITHOUT_MATRIX = {"--mapping": "cataract", "--csv": "x.csv", "--html": "x.html"}
 COMPARE = ("evaluation.comparison:compare_models",)
@@ -350,6 +353,22 @@ MODES = [
         ["video.mp4", *JOINT],
         ("live.nets:joint_net", NEW_VIDEOS),
         {option: value for option, value in PREDICT.items() if option != "--decoding"},
+        {"--from-cnn": "a", "--from-joint": "b", "--trusted": "", "--decoding": "causal"},
+    ),
+    Mode(
+        "stream",
+        "two stages",
+        ["video.mp4"],
+        ("live.nets:pair_of_stages", *STREAMING),
+        {**STREAM, "--model": "joint", "--from-cnn": "a", "--from-joint": "b"},
+        {"--trusted": ""},
+    ),
+    Mode(
+        "stream",
+        "a joint net",
+        ["video.mp4", *JOINT],
+        ("live.nets:joint_net", *STREAMING),
+        {option: value for option, value in STREAM.items() if option != "--decoding"},
         {"--from-cnn": "a", "--from-joint": "b", "--trusted": "", "--decoding": "causal"},
     ),
     Mode(

@@ -81,6 +81,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Work:
     replace(monkeypatch, "stage2_temporal.joint.start", "start_weights", lambda config: None)
     replace(monkeypatch, "stage2_temporal.joint.train", "Start", lambda *runs: runs)
     replace(monkeypatch, "interop.mtrcnet_runs", "ImportRequest", lambda *said, **more: (said, more))
+    replace(monkeypatch, "live.stream", "StreamFiles", lambda **said: said)
     replace(monkeypatch, "interop.feature_files.importing", "Request", lambda **said: said)
     replace(monkeypatch, "stage2_temporal.ablation.encoder_features", "Plan", lambda *said: said)
     replace(

@@ -76,7 +76,7 @@ def _require_flags_from_hardware(version: str, path: Path) -> None:
         )
 
 
-def video_stream(container: Any, path: Path) -> Any:
+def video_stream(container: Any, path: Path | str) -> Any:
     """Return the stream that a player would show, which is never a cover image. Raises ReaderError if there is none."""
     find_best = getattr(container.streams, "best", None)  # since PyAV 13
     stream = find_best("video") if find_best else next(iter(container.streams.video), None)
