@@ -90,6 +90,8 @@ class Capture:
         with self._changed:
             if not self._source.live:
                 self._changed.wait_for(lambda: self._next is None or self._stop.is_set())
+            if self._stop.is_set():
+                return
             self.dropped += self._next is not None
             self._next = Taken(Shown(shown.number, shown.time_s, pixels), now_s, frame.arrived, ready, decode_s)
             self._changed.notify_all()

@@ -139,6 +139,7 @@ class _Stream:
             self._outputs = _Outputs(self._nets, self._files, resumes, stack)
             if self._source.endless:
                 begin = begin._replace(number=max(begin.number, self._outputs.last_frame + 1))
+            self._save()  # so that files which exist can be continued from the beginning, too
             capture = Capture(self._source, self._recogniser.sampler, begin)
             try:
                 self._until_the_end(capture)

@@ -155,6 +155,22 @@ def stop_when_done(number: int) -> None:
     click.echo = echo  # type: ignore[assignment]
 
 
+def signal_at_line(line_and_number: tuple[int, int]) -> None:
+    """Send a signal when `stream` has written this many lines to its files."""
+    from live.outputs import LineFile
+
+    line, number = line_and_number
+    write, left = LineFile.write, [line]
+
+    def counted(self: LineFile, frame: int, text: str) -> None:
+        write(self, frame, text)
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), number)
+
+    LineFile.write = counted  # type: ignore[method-assign]
+
+
 FAULTS: dict[str, Callable[[Any], None]] = {
     fault.__name__: fault
     for fault in (
@@ -168,6 +184,7 @@ FAULTS: dict[str, Callable[[Any], None]] = {
         renames_within_folders,
         stop_at,
         stop_when_done,
+        signal_at_line,
     )
 }
 

@@ -26,6 +26,7 @@ _OPTIONS = {
 }
 OPEN_S, READ_S = 10.0, 5.0  # how long a connection may take, and a frame may stay away, before it counts as lost
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 15.0
+_LONGEST_DAMAGE_S = 10.0
 
 
 class Place(NamedTuple):
@@ -41,7 +42,7 @@ def network_place(address: str) -> Place:
     scheme = urlsplit(address).scheme
     if scheme not in PROTOCOLS:
         raise UserError(f"{shown_address(address)}: not a source; addresses begin with {', '.join(PROTOCOLS)}")
-    options = {"protocol_whitelist": PROTOCOLS[scheme], "fflags": "nobuffer", "analyzeduration": "2000000"}
+    options = {"protocol_whitelist": PROTOCOLS[scheme], "analyzeduration": "2000000"}
     return Place(address, None, {**options, **_OPTIONS.get(scheme, {})})
 
 
@@ -99,6 +100,7 @@ class ConnectedSource(Source):
         open_s = min(OPEN_S, self._give_up_s)
         with av.open(address, format=device, options=options, timeout=(open_s, min(READ_S, self._give_up_s))) as found:
             stream = video_stream(found, self.name)
+            usable = _Usable()
             for packet in found.demux(stream):
                 if stop.is_set():
                     return
@@ -106,14 +108,41 @@ class ConnectedSource(Source):
                 try:
                     frames = packet.decode()
                 except av.error.InvalidDataError:
+                    frames = []
                     self.faults.damaged += 1
-                    continue
+                    usable.damage()
+                if packet.is_corrupt:
+                    usable.damage()
                 decode_s = time.perf_counter() - arrived
                 for frame in frames:
-                    if frame.is_corrupt or frame.width * frame.height > MAX_PIXELS:
-                        self.faults.damaged += 1
-                    else:
+                    if usable.take(frame):
                         yield frame, partial(upright, frame, stream), arrived, decode_s
+                    else:
+                        self.faults.damaged += 1
+
+
+class _Usable:
+    """Whether a frame shows what was filmed: after damage, frames are left out until one that refers to no other.
+
+    A stream that has no such frames is used again after `_LONGEST_DAMAGE_S`.
+    """
+
+    def __init__(self) -> None:
+        self._damaged_at: float | None = None
+
+    def damage(self) -> None:
+        """Frames from now on may refer to something that is missing."""
+        self._damaged_at = time.monotonic()
+
+    def take(self, frame: Any) -> bool:
+        """Whether the decoder's next frame can be used."""
+        if frame.is_corrupt:
+            self.damage()
+            return False
+        since = self._damaged_at
+        if since is not None and (frame.key_frame or time.monotonic() - since > _LONGEST_DAMAGE_S):
+            self._damaged_at = None
+        return self._damaged_at is None and frame.width * frame.height <= MAX_PIXELS
 
 
 def _reason(error: Exception) -> str:
