@@ -114,7 +114,7 @@ def pair_of_stages(
     weights = {"temporal": sha256_file(folder / BEST_FILE), "encoder": made_now.digest}
     if probe is not None:
         weights["tools"] = sha256_file(probe.path)
-    encode = _encode_as_stored(encoder, bool(about.tool_inputs), probe, str(folder))
+    encode = encode_as_stored(encoder, bool(about.tool_inputs), probe, str(folder))
     tools = has_head or probe is not None
     return Nets(encode, model, inference, about.frames, config, spec, weights, about.further_tracks, decoding, tools)
 
@@ -137,7 +137,7 @@ def _encoder_of(
     return encoder
 
 
-def _encode_as_stored(encoder: Encoder, tool_inputs: bool, probe: ToolProbe | None, where: str) -> Encode:
+def encode_as_stored(encoder: Encoder, tool_inputs: bool, probe: ToolProbe | None, where: str) -> Encode:
     """`Nets.encode` for features that are rounded as in the training of stage two; `where` is its folder.
 
     With `tool_inputs`, stage two reads tool logits too. Tools are those of `probe` if the encoder has no tool head.

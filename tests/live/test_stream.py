@@ -23,7 +23,8 @@ from features.frames.preprocess import crop_frames, normalise
 from features.frames.source import source_frames
 from pipeline import cli
 from tests.cli import Forks, succeed
-from tests.live.material import SPEC, write_stages
+from tests.live.material import SPEC, settings, write_stages
+from tests.live.sources.serving import tcp_server
 from tests.videos import VideoSpec, damage_packet, variable_rate, write_video
 
 SECONDS = 24
@@ -106,46 +107,46 @@ def require_input(place: Path) -> None:
     np.testing.assert_array_equal(found, expected.numpy())
 
 
-def test_a_video_with_uneven_times_gives_the_frames_of_predict(place: Path, forks: Forks) -> None:
-    rate = ["--set", "data.fps=1"]
-    done = forks.complete([*STREAM, "uneven.mkv", "--speed", "max", *rate], place)
+def test_a_video_with_uneven_times_gives_the_frames_of_predict(here: Path) -> None:
+    done = CliRunner().invoke(cli, [*STREAM, "uneven.mkv", "--speed", "max"])
+    assert done.exit_code == 0, done.stderr
+    [entry] = dataset_of_source(here / "uneven.mkv", SPEC, settings(here).data).index.videos
+    assert [one["frame"] for one in lines(done.stdout)] == sampled_frames(entry, 1.0).tolist()
+
+
+@pytest.fixture(scope="module")
+def whole(place: Path, forks: Forks) -> dict[str, str]:
+    """What a stream writes that nobody stops."""
+    files = ["--jsonl", "whole.jsonl", "--csv", "whole.csv"]
+    done = forks.complete([*STREAM, "case.mp4", "--speed", "max", *CAUSAL, *files], place)
     assert done.returncode == 0, done.stderr
-    succeed(["predict", "--config", "two.yaml", "uneven.mkv", "--out", "known", *rate], place)
-    known = read_prediction_csv(place / "known/uneven.csv", SPEC)
-    assert [one["frame"] for one in lines(done.stdout)] == known.frame_index.tolist()
+    written = {kind: (place / f"whole.{kind}").read_text() for kind in ("jsonl", "csv")}
+    return {"out": done.stdout, **written}
 
 
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)]
 )
 def test_a_stream_that_is_stopped_continues_as_if_it_had_not_been(
-    place: Path, forks: Forks, tmp_path: Path, number: int, code: int
+    place: Path, forks: Forks, whole: dict[str, str], number: int, code: int
 ) -> None:
-    work = tmp_path / "work"
-    work.mkdir()
-    for name in ("two.yaml", "case.mp4"):
-        shutil.copyfile(place / name, work / name)
-    command = [*STREAM, "case.mp4", "--speed", "max", "--set", f"runs={place / 'runs'}", *CAUSAL]
-    whole = forks.run([*command, "--jsonl", "whole.jsonl", "--csv", "whole.csv"], work)
-    assert whole.code == 0, whole.output
-    parts = [*command, "--state", "state.pt", "--jsonl", "parts.jsonl", "--csv", "parts.csv"]
-    stopped = forks.run(parts, work, signal_at_line=(17, number))
+    names = {kind: f"{code}.{kind}" for kind in ("state", "jsonl", "csv")}
+    files = [word for kind, name in names.items() for word in (f"--{kind}", name)]
+    command = [*STREAM, "case.mp4", "--speed", "max", *CAUSAL, *files]
+    stopped = forks.run(command, place, signal_at_line=(17, number))
     assert stopped.code == code, stopped.output
-    if code == 75:
-        assert stopped.last_line == "stopped by SIGTERM; progress is saved, and the same command resumes from there"
-    before = (work / "parts.jsonl").read_text()
-    assert 8 <= before.count("\n") <= 10
-    again = forks.run(parts, work)
+    assert 8 <= (place / names["jsonl"]).read_text().count("\n") <= 10
+    again = forks.run(command, place)
     assert again.code == 0, again.output
-    assert (work / "parts.jsonl").read_text() == (work / "whole.jsonl").read_text()
-    assert (work / "parts.csv").read_text() == (work / "whole.csv").read_text()
-    if number != signal.SIGKILL:
-        assert lines(stopped.output) + lines(again.output) == lines(whole.output)
-    ended = forks.run(parts, work)
-    assert (ended.code, ended.last_line) == (
-        2,
-        "error: state.pt: case.mp4 has been recognised to its end; delete it to begin again",
-    )
+    for kind in ("jsonl", "csv"):
+        assert (place / names[kind]).read_text() == whole[kind]
+    if number != signal.SIGKILL:  # which comes without warning, so that lines are printed twice
+        assert lines(stopped.output) + lines(again.output) == lines(whole["out"])
+    if number == signal.SIGTERM:
+        told = "stopped by SIGTERM; progress is saved, and the same command resumes from there"
+        assert stopped.last_line == told
+        ended = "error: 75.state: case.mp4 has been recognised to its end; delete it to begin again"
+        assert forks.run(command, place).last_line == ended
 
 
 @pytest.fixture
@@ -189,9 +190,27 @@ def test_what_cannot_be_done_is_refused_in_one_line(here: Path, words: list[str]
 
 def test_a_damaged_file_ends_the_stream_in_one_line_after_its_readable_part(here: Path) -> None:
     shutil.copyfile("case.mp4", "damaged.mp4")
-    damage_packet(Path("damaged.mp4"), 73)
+    damage_packet(Path("damaged.mp4"), 60)
     done = CliRunner().invoke(cli, [*STREAM, "damaged.mp4", "--speed", "max"])
     assert done.exit_code == 2
-    assert 10 < len(lines(done.stdout)) < 20
+    assert 8 < len(lines(done.stdout)) <= 12
     [error] = [line for line in done.stderr.splitlines() if line.startswith("error")]
     assert "damaged, frame" in error
+
+
+def test_a_stream_from_the_network_is_recognised_until_it_stays_away_and_continues(here: Path) -> None:
+    clip = write_video(here / "clip.ts", VideoSpec(count=60, gop=5, b_frames=0)).read_bytes()
+    words = ["--give-up", "0.6", "--jsonl", "net.jsonl", "--state", "net.state", "--report", "net.json"]
+    for _ in range(2):
+        with tcp_server([(clip, 0)]) as address:
+            done = CliRunner().invoke(cli, [*STREAM, address, *words])
+        assert done.exit_code == 1, done.output
+        assert "no frame for" in done.stderr.splitlines()[-1]
+        found = lines((here / "net.jsonl").read_text())
+        assert len(lines(done.stdout)) in (2, 3)
+        assert [one["frame"] for one in found] == sorted({one["frame"] for one in found})
+        times_s = [one["time_s"] for one in found]
+        assert times_s == sorted(times_s)
+        assert json.loads((here / "net.json").read_text())["recognised"] == len(found)
+    assert len(found) >= 5
+    assert times_s[-1] > 4  # the time between the two is part of it
