@@ -48,14 +48,14 @@ class NetChoice:
         """The nets. Raises UserError for options that have no effect, and if the nets cannot be loaded."""
         from live.nets import joint_net, pair_of_stages
 
-        settings, run = self.settings, self.run
+        settings, run, command = self.settings, self.run, str(click.get_current_context().info_name)
         if joint := options.uses_joint(self.model, run):
             of_stages = ("cnn_run", "joint_run", "trusted", "decoding")
             options.refuse("a joint net, which makes its own features", options.given(*of_stages))
         checkpoint = settings.joint_checkpoint(self.joint_run)
         config = settings.changed({"extract.checkpoint": checkpoint, "temporal.decoding.mode": self.decoding})
         if joint:
-            return joint_net(config, run, self.inference, settings.given())
+            return joint_net(config, run, self.inference, settings.given(), command)
         options.refuse_trusted(self.trusted, options.known_encoder(config))
         if not options.uses_stage_one(config):
             options.refuse("--from-joint, extract.checkpoint or extract.encoder=initial", options.given("cnn_run"))
@@ -66,6 +66,7 @@ class NetChoice:
             self.inference,
             trusted=self.trusted,
             given=settings.given(),
+            command=command,
         )
 
 

@@ -80,13 +80,15 @@ def pair_of_stages(
     *,
     trusted: bool = False,
     given: GivenKeys = NO_KEYS,
+    command: str = "predict",
 ) -> Nets:
     """Stage two of `run`, preceded by the encoder that computed the features of its training.
 
     The encoder is stage one of `cnn_run` (by default of the same run), unless `extract.checkpoint` or `extract.encoder`
     name another one. If it has no tool head, tools are recognised by the probe of `run`, if there is one. Raises
     UserError if stage two or the probe was trained on features of another encoder, if the head needs whole videos, or
-    if the user gave (`given`) another preprocessing, sampling rate or backbone.
+    if the user gave (`given`) another preprocessing, sampling rate or backbone. `command` is what prints device and
+    precision.
     """
     folder = run / TEMPORAL_FOLDER
     model, about = load_temporal(folder)
@@ -110,7 +112,7 @@ def pair_of_stages(
     made_now = encoder.spec
     has_head = encoder.tool_head is not None
     probe = None if has_head else fitting_tool_probe(run, made_now.to_json(), made_now.digest, spec.tools)
-    start_stage("predict", config, encoder.device, made_now.precision)
+    start_stage(command, config, encoder.device, made_now.precision)
     weights = {"temporal": sha256_file(folder / BEST_FILE), "encoder": made_now.digest}
     if probe is not None:
         weights["tools"] = sha256_file(probe.path)
@@ -168,7 +170,13 @@ def _with_other_ways(error: UserError, run: Path, cnn_run: Path | None) -> UserE
     )
 
 
-def joint_net(config: Config, run: Path, inference: Inference | None = None, given: GivenKeys = NO_KEYS) -> Nets:
+def joint_net(
+    config: Config,
+    run: Path,
+    inference: Inference | None = None,
+    given: GivenKeys = NO_KEYS,
+    command: str = "predict",
+) -> Nets:
     """The joint net of `run`.
 
     Raises UserError if it has no phase branch or other classes, or if the user gave (`given`) other image settings.
@@ -187,7 +195,7 @@ def joint_net(config: Config, run: Path, inference: Inference | None = None, giv
         require_same_classes(path, "tools", about.tools, spec.tools)
     device = choose_device(config.device)
     precision = choose_precision("extract.precision", config.extract.torch_precision, device, training=False)
-    start_stage("predict", config, device, precision)
+    start_stage(command, config, device, precision)
     net = net.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @torch.no_grad()

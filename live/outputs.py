@@ -132,12 +132,10 @@ def frame_of_row(row: str) -> int:
 class InputFile:
     """Writes the frames exactly as the encoder takes them, (N, 3, S, S) float32, to a file of NumPy (.npy).
 
-    The file appears under its name when it is closed. Raises UserError if it exists already.
+    The file appears under its name when it is closed.
     """
 
     def __init__(self, path: Path, preprocess: PreprocessConfig) -> None:
-        if path.exists():
-            raise UserError(f"{path}: exists; name another file")
         self._preprocess, self._count = preprocess, 0
         self._stack = ExitStack()
         self._file = self._stack.enter_context(self._stack.enter_context(atomic_path(path)).open("wb"))

@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.dataset_spec import DataSetSpec
-from configs.errors import UserError
 from engine.files import atomic_path
 from evaluation.reports.overlay import Overlay
 from features.video.write import WriteFrame, mp4_writer
@@ -22,19 +21,17 @@ ENCODER = {"preset": "veryfast", "crf": "23"}
 class Recording:
     """Writes an MP4 of frames with the newest recognition below each, and the phases so far on a line.
 
-    The file appears under its name when it is closed. Raises UserError if it exists, or cannot be written.
+    The file appears under its name when it is closed, if anything was recognised. Raises UserError if it cannot be
+    written.
     """
 
     def __init__(self, path: Path, spec: DataSetSpec, fps: float) -> None:
-        if path.exists():
-            raise UserError(f"{path}: exists; name another file")
-        self._spec, self._labels = spec, bytearray()
+        self._path, self._spec, self._fps, self._labels = path, spec, fps, bytearray()
         self._size: tuple[int, int] | None = None
         self._first_s: float | None = None
         self._newest: Recognition | None = None
         self._stack = ExitStack()
-        temporary = self._stack.enter_context(atomic_path(path))
-        self._write: WriteFrame = self._stack.enter_context(mp4_writer(temporary, fps, ENCODER, timed=True))
+        self._write: WriteFrame | None = None
 
     def recognised(self, one: Recognition) -> None:
         """Take the next recognition."""
@@ -46,6 +43,9 @@ class Recording:
         newest = self._newest
         if newest is None:
             return
+        if self._write is None:  # a video without frames could not be written
+            temporary = self._stack.enter_context(atomic_path(self._path))
+            self._write = self._stack.enter_context(mp4_writer(temporary, self._fps, ENCODER, timed=True))
         self._size = self._size or (frame.shape[1], frame.shape[0])
         self._first_s = time_s if self._first_s is None else self._first_s
         past = np.frombuffer(self._labels, np.uint8).astype(np.int8)

@@ -76,6 +76,9 @@ class _Outputs:
     """What is written while a stream runs: a line per recognition, to standard output and files, and nets' input."""
 
     def __init__(self, nets: Nets, files: StreamFiles, resumes: bool, stack: ExitStack) -> None:
+        for path in (files.record, files.dump_input):
+            if path is not None and path.exists():
+                raise UserError(f"{path}: exists; name another file")
         self._spec, self._files = nets.spec, list[tuple[LineFile, bool]]()  # whether it has lines of JSON
         if files.jsonl is not None:
             self._files.append((LineFile(files.jsonl, frame_of_json, resumes), True))
@@ -130,6 +133,7 @@ class _Stream:
         self.report = StreamReport(source.name)
         self._recogniser = PhaseRecogniser(nets, source.geometry, self.report.latencies.add)
         self._nets, self._saved_at = nets, time.monotonic()
+        self._clock_s = time.time()  # when the last frame was recognised
 
     def run(self) -> StreamReport:
         """Recognise until the source ends, is lost, or a signal arrives."""
@@ -162,7 +166,7 @@ class _Stream:
                 if time.monotonic() - self._saved_at > SAVE_EVERY_S:
                     self._save()
         except SourceLost as lost:
-            if lost.never and not self.report.recognised:
+            if lost.never:
                 raise
             self.report.lost = str(lost)
         except ReaderError:
@@ -184,6 +188,7 @@ class _Stream:
         for one in self._recogniser.recognise(resized, [number], [time_s], taken.now_s):
             waited_s = time_s - one.time_s + time.perf_counter() - taken.arrived
             self._write(one, waited_s if self._source.live else one.delay_s)
+        self._clock_s = time.time()
         add("total", time.perf_counter() - taken.arrived)
         self._outputs.record(taken.shown.picture, time_s)
 
@@ -197,11 +202,8 @@ class _Stream:
         """Save what a restart needs, if a file is named for it."""
         self._saved_at = time.monotonic()
         if self._files.state is not None:
-            about = {"kind": KIND, "source": self._source.identity, "ended": ended, "clock_s": time.time()}
-            save_checkpoint(
-                self._files.state,
-                {**about, "recognised": self.report.recognised, "recogniser": self._recogniser.state()},
-            )
+            about = {"kind": KIND, "source": self._source.identity, "ended": ended, "clock_s": self._clock_s}
+            save_checkpoint(self._files.state, {**about, "recogniser": self._recogniser.state()})
 
     def _begin(self) -> tuple[Begin, bool]:
         """Where the source begins, and whether that is where an earlier stream was when it saved its state."""
@@ -218,9 +220,9 @@ class _Stream:
         self._recogniser.restore(state["recogniser"], str(path))
         try:
             away_s = min(max(time.time() - float(state["clock_s"]), 0.0), _LONGEST_GAP_S)
-            self.report.recognised = int(state["recognised"])
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: damaged ({one_line(error)}); delete it to begin anew") from error
+        self._recogniser.sampler.counts = Counts()  # the report is about this run
         if (last := self._recogniser.last) is None:
             return Begin(), True
         say(f"{path}: continuing after frame {last[0]}, {last[1]:.1f} s")
