@@ -62,7 +62,7 @@ COMMANDS = {
     "compare": ("commands.results:compare", "Compare models on the same videos: differences, intervals, p values"),
     "report": ("commands.results:report", "Write one HTML file about a run, or about several side by side"),
     "predict": ("commands.results:predict", "Recognise phases and tools in new videos: CSV, ribbon, annotated video"),
-    "stream": ("commands.live:stream", "Recognise phases and tools while a video runs: file, camera, network"),
+    "stream": ("commands.live:stream", "Recognise phases and tools while a video runs: one line of JSON per frame"),
     "export": ("commands.results:export", "Write predictions as the original MTRCNet programs' text files"),
     "run": ("commands.train:run", "Run index, both stages and evaluation from one file of settings"),
     "submit": ("commands.cluster:submit", "Run a command as a Slurm job that resumes after its time limit"),

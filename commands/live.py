@@ -42,13 +42,13 @@ from commands.options import FILE, POSITIVE
     help="How long a device or an address may give no frame before the stream ends.",
 )
 def stream(net: NetChoice, video: str, speed: str, raw: str | None, give_up_s: float, **files: Any) -> None:
-    """Recognise phases and tools while a video runs: one line of JSON per sampled frame.
+    """Recognise phases and tools while a video runs: one line of JSON per frame.
 
     SOURCE is a video file or a folder of frames, a camera (/dev/video0), an address (rtsp://, udp://, tcp://), or - for
-    raw frames on standard input. Each line has frame, time_s, phase, phase_name, since_s, probabilities, tools and
-    delay_s. A lost camera or address is connected again; if it stays away, the exit code is 1. Counts and latencies are
-    printed at the end. SIGTERM and Ctrl-C end the stream; with --state the same command then continues. For research
-    only, not a medical device.
+    raw frames on standard input. Each sampled frame gives a line with frame, time_s, phase, phase_name, since_s,
+    probabilities, tools and delay_s. A lost camera or address is connected again; if it stays away, the exit code is 1.
+    Counts and latencies are printed at the end. SIGTERM and Ctrl-C end the stream; with --state the same command then
+    continues. For research only, not a medical device.
     """
     from live.sources.open import open_source_named
     from live.stream import StreamFiles, run_stream

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import stat
@@ -22,6 +23,8 @@ def open_source_named(name: str, nets: Nets, *, real: bool, raw: str | None, giv
 
     Raises UserError if it cannot be read, or if an option does not fit the kind of source.
     """
+    if not math.isfinite(give_up_s):
+        raise UserError(f"--give-up {give_up_s}: expected a number of seconds")
     if (name == "-") != (raw is not None):
         raise UserError(
             "-: standard input needs --raw WIDTHxHEIGHT@FPS" if raw is None else f"--raw: {name} states its own size"

@@ -170,6 +170,7 @@ def here(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["http://127.0.0.1/a"], "http://127.0.0.1/a: not a source; addresses begin with udp, tcp, rtsp"),
         (["udp://127.0.0.1:1", "--speed", "max"], "--speed max: udp://127.0.0.1:1 has its own speed"),
         (["tcp://127.0.0.1:1", "--give-up", "0.1"], "tcp://127.0.0.1:1: no frame for 0 s (Connection refused)"),
+        (["case.mp4", "--give-up", "nan"], "--give-up nan: expected a number of seconds"),
         (["case.mp4", "--decoding", "offline"], "mode=offline needs whole videos"),
         (["case.mp4", "--jsonl", "old.jsonl"], "old.jsonl: exists; name another file"),
         (["case.mp4", "--csv", "old.csv"], "old.csv: exists; name another file"),
