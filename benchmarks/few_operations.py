@@ -1,10 +1,10 @@
 """Choose a recipe for few operations by nested leave-one-out: the tables in `docs/results.md`.
 
 The candidates are `configs/mini_best.yaml` with the changes of a file of candidates: some change stage one, others
-stage two alone, and the first of either kind changes nothing. Inner models: for a pair of operations, every candidate
-is trained on all the others and tested on both. For an outer fold, which tests operation T, the candidate of either
-kind is chosen whose mean score (of phase accuracy and tool mAP) over the partners of T is the highest, in models that
-have not seen T; nothing that is known of T takes part in the choice. Only then is the chosen recipe trained on all
+stage two alone, which are tried on the features of the first stage one. Inner models: for a pair of operations, every
+candidate is trained on all the others and tested on both. For an outer fold, which tests operation T, the candidate of
+either kind is chosen whose mean score (of phase accuracy and tool mAP) over the partners of T is the highest, in models
+that have not seen T; nothing that is known of T takes part in the choice. Only then is the chosen recipe trained on all
 other operations, and T is looked at. One inner model serves the folds of both its operations.
 
 `--pairs all` trains every pair, `ring` two partners for each operation, `cover` one or two. With `--every-head`,
@@ -62,8 +62,8 @@ class Search:
         for names in (found.stage_one, found.temporal):
             if wrong := [name for name in names if not re.fullmatch(r"[A-Za-z0-9._-]+", str(name))]:
                 raise UserError(f"{options.candidates}: {wrong[0]}: names are run folders; use letters, digits and -")
-            if next(iter(names.values())):
-                raise UserError(f"{options.candidates}: the first candidate of either kind changes nothing; write {{}}")
+        if next(iter(found.temporal.values())):
+            raise UserError(f"{options.candidates}: the first candidate of stage two changes nothing; write {{}}")
         index = options.runs / "index.json"
         pipeline("index", options.config, None, found._settings(index))
         found.videos = [one["id"] for one in read_json_object(index)["videos"]]
@@ -90,7 +90,7 @@ class Search:
         """The same for a candidate of stage two, on the features of the first stage one, for each seed."""
         features = f"{self.base}-inner-{'-'.join(pair)}"
         split = self.without(pair, test=pair)
-        return [self.stage_two(features, name, seed, split) for seed in range(self.options.seeds)]
+        return [self.stage_two(features, name, seed, split) for seed in range(self.options.inner_seeds)]
 
     def decoded(self, name: str, pair: Pair) -> list[dict[str, ByVideo]]:
         """For either operation of a pair and every mode, its results with a decoding fitted on the other one."""
@@ -212,7 +212,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--config", default="mini_best")
     parser.add_argument("--candidates", type=Path, default=CANDIDATES, help="YAML file: see few_operations.yaml")
     parser.add_argument("--pairs", choices=("cover", "ring", "all"), default="cover")
-    parser.add_argument("--seeds", type=int, default=3, help="trainings of each candidate of stage two")
+    parser.add_argument("--seeds", type=int, default=3, help="trainings of stage two in an outer fold")
+    parser.add_argument("--inner-seeds", type=int, default=2, help="the same for each candidate of an inner model")
     parser.add_argument("--inner-only", action="store_true", help="stop before the outer folds")
     parser.add_argument("--every-head", action="store_true", help="train all heads in the outer folds too")
     parser.add_argument("--decoding", action="store_true", help="fit the decoding on one operation, test it on another")
