@@ -63,6 +63,10 @@ COMMANDS = {
     "report": ("commands.results:report", "Write one HTML file about a run, or about several side by side"),
     "predict": ("commands.results:predict", "Recognise phases and tools in new videos: CSV, ribbon, annotated video"),
     "stream": ("commands.live:stream", "Recognise phases and tools while a video runs: one line of JSON per frame"),
+    "export-model": (
+        "commands.export_model:export_model",
+        "Write a run's nets as one ONNX file, for programs without this project",
+    ),
     "export": ("commands.results:export", "Write predictions as the original MTRCNet programs' text files"),
     "run": ("commands.train:run", "Run index, both stages and evaluation from one file of settings"),
     "submit": ("commands.cluster:submit", "Run a command as a Slurm job that resumes after its time limit"),

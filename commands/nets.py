@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,8 +45,11 @@ class NetChoice:
         """The folder of the run."""
         return self.settings.run()
 
-    def load(self) -> Nets:
-        """The nets. Raises UserError for options that have no effect, and if the nets cannot be loaded."""
+    def load(self, changes: Mapping[str, object] | None = None) -> Nets:
+        """The nets, with `changes` of settings by key.
+
+        Raises UserError for options that have no effect, and if the nets cannot be loaded.
+        """
         from live.nets import joint_net, pair_of_stages
 
         settings, run, command = self.settings, self.run, str(click.get_current_context().info_name)
@@ -53,7 +57,8 @@ class NetChoice:
             of_stages = ("cnn_run", "joint_run", "trusted", "decoding")
             options.refuse("a joint net, which makes its own features", options.given(*of_stages))
         checkpoint = settings.joint_checkpoint(self.joint_run)
-        config = settings.changed({"extract.checkpoint": checkpoint, "temporal.decoding.mode": self.decoding})
+        chosen = {"extract.checkpoint": checkpoint, "temporal.decoding.mode": self.decoding}
+        config = settings.changed({**(changes or {}), **chosen})
         if joint:
             return joint_net(config, run, self.inference, settings.given(), command)
         options.refuse_trusted(self.trusted, options.known_encoder(config))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from configs.dataset_spec import DataSetSpec
 from configs.errors import UserError
@@ -35,6 +35,22 @@ Encode = Callable[[Tensor], tuple[Tensor, NDArray[np.float32] | None]]
 
 
 @dataclass(frozen=True)
+class EncoderParts:
+    """What `Nets.encode` consists of, from which a form of it for other programs is made (`live.export`).
+
+    `backbone` maps normalised images (N, 3, S, S) to embeddings (N, D), which are rounded to the float type `storage`
+    before stage two and `probe` read them. Tool logits (N, K) are those of `tool_head`, before rounding, or of `probe`;
+    with `tool_inputs` stage two reads those of `tool_head` too.
+    """
+
+    backbone: nn.Module
+    tool_head: nn.Module | None
+    storage: str = "float32"
+    tool_inputs: bool = False
+    probe: ToolProbe | None = None
+
+
+@dataclass(frozen=True)
 class Nets:
     """The trained nets of a run, which recognise phases and tools in frames.
 
@@ -52,6 +68,7 @@ class Nets:
     tracks: tuple[str, ...] = ()  # additional label tracks, in the order of `phase`'s output after the phases
     decoding: ChosenDecoding | None = None
     tools: bool = True  # whether tools are recognised
+    parts: EncoderParts | None = None  # None if OpenVINO computes
 
     def by_track(self, probabilities: NDArray[np.float32]) -> list[NDArray[np.float32]]:
         """The output of `phase` (T, C), divided into the probabilities of the phases and of each of `tracks`."""
@@ -118,7 +135,11 @@ def pair_of_stages(
         weights["tools"] = sha256_file(probe.path)
     encode = encode_as_stored(encoder, bool(about.tool_inputs), probe, str(folder))
     tools = has_head or probe is not None
-    return Nets(encode, model, inference, about.frames, config, spec, weights, about.further_tracks, decoding, tools)
+    parts, backbone = None, encoder.backbone
+    if backbone is not None:
+        parts = EncoderParts(backbone, encoder.tool_head, made_now.storage, bool(about.tool_inputs), probe)
+    further = (about.further_tracks, decoding, tools, parts)
+    return Nets(encode, model, inference, about.frames, config, spec, weights, *further)
 
 
 def _encoder_of(
@@ -206,4 +227,6 @@ def joint_net(
         return embedding, net.tool_head(embedding).cpu().numpy() if net.tool_head is not None else None
 
     weights = {"joint": sha256_file(path)}
-    return Nets(encode, net.phase, inference, about.frames, config, spec, weights, tools=net.tool_head is not None)
+    parts = EncoderParts(net.backbone, net.tool_head)
+    tools = net.tool_head is not None
+    return Nets(encode, net.phase, inference, about.frames, config, spec, weights, tools=tools, parts=parts)

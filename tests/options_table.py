@@ -33,6 +33,8 @@ PAIR = ("live.nets:pair_of_stages", NEW_VIDEOS)
 STREAM = {**RUN, "--inference": "clip", "--decoding": "causal", "--speed": "max", "--raw": "8x8@25", "--give-up": "3"}
 STREAM |= {f"--{name}": "a #b" for name in ("jsonl", "csv", "record", "dump-input", "state", "report")}
 STREAMING = ("live.sources.open:open_source_named", "live.stream:run_stream")
+EXPORT_MODEL = "live.export.model_file:export_model"
+EXPORTING = {**RUN, "--out": "x.onnx", "--force": "", "--inference": "clip"}
 MATRIX = {"--matrix": ""}
 WITHOUT_MATRIX = {"--mapping": "cataract", "--csv": "x.csv", "--html": "x.html"}
 COMPARE = ("evaluation.comparison:compare_models",)
@@ -369,6 +371,30 @@ MODES = [
         ["video.mp4", *JOINT],
         ("live.nets:joint_net", *STREAMING),
         {option: value for option, value in STREAM.items() if option != "--decoding"},
+        {"--from-cnn": "a", "--from-joint": "b", "--trusted": "", "--decoding": "causal"},
+    ),
+    Mode(
+        "export-model",
+        "a trained encoder",
+        ["--format", "onnx"],
+        (PAIR[0], EXPORT_MODEL),
+        {**EXPORTING, "--decoding": "causal", "--model": "joint", "--from-cnn": "a", "--from-joint": "b"},
+        {"--trusted": ""},
+    ),
+    Mode(
+        "export-model",
+        "weights of a file",
+        ["--format", "onnx", *INITIAL],
+        (PAIR[0], EXPORT_MODEL),
+        {**EXPORTING, "--decoding": "causal", "--model": "joint", "--from-joint": "b", "--trusted": ""},
+        {"--from-cnn": "a"},
+    ),
+    Mode(
+        "export-model",
+        "a joint net",
+        ["--format", "onnx", *JOINT],
+        ("live.nets:joint_net", EXPORT_MODEL),
+        EXPORTING,
         {"--from-cnn": "a", "--from-joint": "b", "--trusted": "", "--decoding": "causal"},
     ),
     Mode(

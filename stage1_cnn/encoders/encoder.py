@@ -113,6 +113,11 @@ class Encoder:
         )
 
     @property
+    def backbone(self) -> torch.nn.Module | None:
+        """The net in torch, as it computes: normalised images (N, 3, S, S) -> (N, D); None if OpenVINO computes."""
+        return self._net._net if isinstance(self._net, _TorchNet) else None
+
+    @property
     def device_name(self) -> str:
         """The kind of device or, for a GPU, its name, as recorded in feature files."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type

@@ -1,0 +1,1 @@
+"""A run's nets as an ONNX file, for programs without this project and without torch."""

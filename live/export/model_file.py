@@ -1,0 +1,91 @@
+"""`export-model`: write the nets of a run as an ONNX file, once ONNX Runtime has given what torch gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs.errors import UserError
+from engine.files import atomic_path, make_folder, read_json_object, sha256_file, write_json
+from engine.progress import say
+from engine.stopping import StopRequest
+from live.export.agreement import CHECK_FRAMES, TOLERANCE, Agreement, compare
+from live.export.description import describe
+from live.export.frame_net import FrameNet
+from live.export.onnx_model import OPSET, OnnxSession, convert, package
+from live.nets import Nets
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What `export_model` did: the file, its result beside it, and whether both were there already."""
+
+    path: Path
+    result: dict[str, Any]
+    unchanged: bool = False
+
+    def sentence(self) -> str:
+        """The outcome in one line."""
+        largest = max(self.result["check"]["largest_difference"].values())
+        state = "unchanged" if self.unchanged else f"{self.result['bytes'] / 1e6:.1f} MB"
+        return f"{self.path}: {state}; ONNX Runtime and torch differ by at most {largest:.1e}"
+
+
+def result_path(path: Path) -> Path:
+    """The file beside an exported model that holds the result of its check."""
+    return path.with_suffix(".json")
+
+
+def export_model(nets: Nets, path: Path, stop: StopRequest, *, replace: bool = False) -> Exported:
+    """Write the model to `path`, and beside it a JSON file with hashes and the result of the check.
+
+    A model that was made of the same nets is left as it is. Raises UserError if another file would be replaced without
+    `replace`, if the nets cannot be converted, or if ONNX Runtime gives other probabilities than torch; nothing is
+    written then. Raises Stopped when `stop` is set.
+    """
+    if path.suffix != ".onnx":
+        raise UserError(f"--out {path}: the name of the file must end in .onnx")
+    versions = {name: package(name).__version__ for name in ("onnx", "onnxruntime", "onnxscript")}
+    net = FrameNet(nets).eval()
+    about = describe(nets, net)
+    made_by = {"model": about, "opset": OPSET, "torch": torch.__version__, **versions}
+    if (known := _unchanged(path, made_by)) is not None:
+        return known
+    if (taken := next((one for one in (path, result_path(path)) if one.exists()), None)) and not replace:
+        raise UserError(f"{taken}: exists and is not this model; choose another --out, or add --force to replace it")
+    say("converting to ONNX")
+    stop.raise_if_set()
+    content = convert(net, about)
+    agreement = compare(nets, net, OnnxSession(content, torch.get_num_threads()), stop)
+    _require_agreement(agreement)
+    digest = sha256(content).hexdigest()
+    result = {"sha256": digest, "bytes": len(content), "check": agreement.to_json(), "made_by": made_by}
+    make_folder(path.parent)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
+    write_json(result_path(path), result)
+    return Exported(path, result)
+
+
+def _unchanged(path: Path, made_by: dict[str, Any]) -> Exported | None:
+    """The model that is there already, if it is whole and was made of the same nets by the same versions."""
+    if not (path.is_file() and result_path(path).is_file()):
+        return None
+    found = read_json_object(result_path(path))
+    same = found.get("made_by") == made_by and found.get("sha256") == sha256_file(path)
+    return Exported(path, found, unchanged=True) if same else None
+
+
+def _require_agreement(agreement: Agreement) -> None:
+    if agreement.agrees:
+        return
+    name, value = max(agreement.largest.items(), key=lambda one: (one[1] != one[1], one[1]))
+    raise UserError(
+        f"export-model: the exported model gives other probabilities than torch (output {name}: {value:.2g} within "
+        f"{CHECK_FRAMES} frames, more than {TOLERANCE:g}), so nothing was written; the head may not start from a state "
+        "of zeros, or may change its state's size"
+    )
