@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from configs.dataset_spec import DataSetSpec
 from configs.head_settings import LstmHead
-from configs.load import load_config
+from configs.load import load_dataset
 from configs.schema import DecodingConfig
 from engine.stopping import StopRequest
 from evaluation.files.predictions import PredictionFile, read_prediction_csv
@@ -28,7 +29,7 @@ from features.frames.source import source_frames
 from live.export.agreement import as_input
 from live.export.description import decoding_json
 from live.export.model_file import export_model
-from live.nets import Nets, joint_net
+from live.nets import Nets
 from live.new_videos import predict_new_videos
 from tests.cli import PROJECT, succeed
 from tests.live.export.tiny import LINEAR, decoded, nets_of
@@ -74,18 +75,19 @@ def test_it_is_short_and_needs_onnx_runtime_and_numpy_only() -> None:
 
 @pytest.mark.slow
 def test_a_real_clip_has_the_phases_of_predict(released: Path, shared_data: Path) -> None:  # noqa: F811
-    """Of a joint net, all through the command line; frames from stdin as bare numbers or as a .npy file."""
+    """Of a joint net, all through the command line; frames on stdin as a .npy file, or as bare numbers."""
     clip, settings = shared_data / "clips" / "videos" / "video05.mp4", ["--config", "old.yaml"]
     said = succeed(["export-model", "joint", *settings], released)
     assert "runs/joint/onnx/joint.onnx: 1.6 MB; ONNX Runtime and torch differ by at most" in said
     assert json.loads((released / "runs/joint/onnx/joint.json").read_text())["check"]["agrees"]
     succeed(["predict", *settings, "--name", "joint", str(clip), "--out", "found"], released)
-    nets = joint_net(load_config(str(released / "old.yaml"), [], {}), released / "runs/joint")
-    frames = inputs(nets, clip)
-    given = (frames.tobytes(), as_npy(frames))
+    dumping = ["--speed", "max", "--dump-input", "frames.npy"]
+    succeed(["stream", *settings, "--name", "joint", str(clip), *dumping], released)
+    given = ((released / "frames.npy").read_bytes(), np.load(released / "frames.npy").tobytes())
     one, other = (rows_of(run_example(released, "runs/joint/onnx/joint.onnx", given=each)) for each in given)
     assert one == other
-    require_same(one, read_prediction_csv(released / "found/video05.csv", nets.spec), nets)
+    spec = load_dataset("simulated")
+    require_same(one, read_prediction_csv(released / "found/video05.csv", spec), spec)
 
 
 def test_a_decoded_net_has_the_phases_of_predict(tmp_path: Path) -> None:
@@ -95,12 +97,12 @@ def test_a_decoded_net_has_the_phases_of_predict(tmp_path: Path) -> None:
     np.save(tmp_path / "frames.npy", inputs(nets, video))
     predict_new_videos(nets, [video], tmp_path / "out", stop=StopRequest())
     expected = read_prediction_csv(tmp_path / "out" / "video04.csv", nets.spec)
-    require_same(rows_of(run_example(tmp_path, "net.onnx", "frames.npy")), expected, nets)
+    require_same(rows_of(run_example(tmp_path, "net.onnx", "frames.npy")), expected, nets.spec)
 
 
-def require_same(rows: list[list[str]], expected: PredictionFile, nets: Nets) -> None:
+def require_same(rows: list[list[str]], expected: PredictionFile, spec: DataSetSpec) -> None:
     assert len(rows) == len(expected.phase) > 20
-    assert [row[2] for row in rows] == [nets.spec.phases[label] for label in expected.phase]
+    assert [row[2] for row in rows] == [spec.phases[label] for label in expected.phase]
     np.testing.assert_allclose([float(row[1]) for row in rows], expected.time_s, atol=1e-3)
     likeliest = expected.probabilities.max(axis=1)
     np.testing.assert_allclose([float(row[3]) for row in rows], likeliest, atol=1e-4)
