@@ -93,6 +93,7 @@ bench: $(STAMP) ## measure what docs/performance.md quotes and needs no data of 
 	$(BIN)/python benchmarks/recurrence.py --json artifacts/bench/recurrence.json
 	$(BIN)/python benchmarks/heads.py --json artifacts/bench/heads.json
 	$(BIN)/python benchmarks/live.py --json artifacts/bench/live.json
+	$(BIN)/python benchmarks/exported.py --json artifacts/bench/exported.json
 	$(BIN)/python benchmarks/loader.py --json artifacts/bench/loader.json
 	$(BIN)/python benchmarks/together.py --json artifacts/bench/together.json
 	$(BIN)/python benchmarks/scaling.py --json artifacts/bench/scaling.json

@@ -29,7 +29,7 @@ class FrameNet(nn.Module):
             raise UserError("extract.engine=openvino: only torch's nets can be exported; set extract.engine=torch")
         self.backbone, self.read_out = nets.parts.backbone, ReadOut(nets.parts)
         self.phase = nets.phase
-        shapes = _state_after_two_frames(nets)
+        shapes = _state_of_final_size(nets)
         self.clip_frames = nets.clip_frames if nets.inference == "clip" and shapes else 1
         rows = self.clip_frames - 1 if nets.inference == "clip" else 1
         self.zero_state: State = tuple(one.new_zeros(rows, *one.shape[1:]) for one in shapes) if rows else ()
@@ -84,10 +84,16 @@ class _ProbeLayer(nn.Module):
 
 
 @torch.no_grad()
-def _state_after_two_frames(nets: Nets) -> State:
-    """A state of final size: some heads' tables grow until a frame comes with a state. Empty without memory."""
+def _state_of_final_size(nets: Nets) -> State:
+    """A state after some frames; empty without memory. Some heads' tables have their size from the second frame on.
+
+    Raises UserError for a head whose state has another size after every frame.
+    """
     x = torch.zeros_like(nets.phase.standardise.mean)[None]
-    state: State | None = None
-    for _ in range(2):
-        state = nets.phase.step(x, state or None)[1]
-    return state or ()
+    states: list[State] = [()]
+    for _ in range(3):
+        states.append(nets.phase.step(x, states[-1] or None)[1])
+    if [one.shape for one in states[-1]] != [one.shape for one in states[-2]]:
+        name = nets.phase.head.name
+        raise UserError(f"temporal.head: the state of {name} grows from frame to frame, so it cannot be exported")
+    return states[-1]

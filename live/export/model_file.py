@@ -30,9 +30,10 @@ class Exported:
 
     def sentence(self) -> str:
         """The outcome in one line."""
-        largest = max(self.result["check"]["largest_difference"].values())
-        state = "unchanged" if self.unchanged else f"{self.result['bytes'] / 1e6:.1f} MB"
-        return f"{self.path}: {state}; ONNX Runtime and torch differ by at most {largest:.1e}"
+        if self.unchanged:
+            return f"{self.path}: unchanged"
+        size, largest = self.result["bytes"] / 1e6, max(self.result["check"]["largest_difference"].values())
+        return f"{self.path}: {size:.1f} MB; ONNX Runtime and torch differ by at most {largest:.1e}"
 
 
 def result_path(path: Path) -> Path:
@@ -53,10 +54,11 @@ def export_model(nets: Nets, path: Path, stop: StopRequest, *, replace: bool = F
     net = FrameNet(nets).eval()
     about = describe(nets, net)
     made_by = {"model": about, "opset": OPSET, "torch": torch.__version__, **versions}
-    if (known := _unchanged(path, made_by)) is not None:
-        return known
-    if (taken := next((one for one in (path, result_path(path)) if one.exists()), None)) and not replace:
-        raise UserError(f"{taken}: exists and is not this model; choose another --out, or add --force to replace it")
+    if (known := _found(path, made_by)) is not None and path.is_file() and known.get("sha256") == sha256_file(path):
+        return Exported(path, known, unchanged=True)
+    foreign = path if path.exists() else result_path(path) if result_path(path).exists() and known is None else None
+    if foreign is not None and not replace:
+        raise UserError(f"{foreign}: exists and is not this model; choose another --out, or add --force to replace it")
     say("converting to ONNX")
     stop.raise_if_set()
     content = convert(net, about)
@@ -70,19 +72,20 @@ def export_model(nets: Nets, path: Path, stop: StopRequest, *, replace: bool = F
     digest = sha256(content).hexdigest()
     result = {"sha256": digest, "bytes": len(content), "check": agreement.to_json(), "made_by": made_by}
     make_folder(path.parent)
+    # the result first: if this process ends in between, the next one knows that the name is this model's
+    write_json(result_path(path), result)
     with atomic_path(path) as temporary:
         temporary.write_bytes(content)
-    write_json(result_path(path), result)
     return Exported(path, result)
 
 
-def _unchanged(path: Path, made_by: dict[str, Any]) -> Exported | None:
-    """The model that is there already, if it is whole and was made of the same nets by the same versions."""
-    if not (path.is_file() and result_path(path).is_file()):
+def _found(path: Path, made_by: dict[str, Any]) -> dict[str, Any] | None:
+    """The result that is there already, if it is of a model of the same nets, made by the same versions."""
+    try:
+        found = read_json_object(result_path(path))
+    except UserError:  # missing, damaged, or of another program
         return None
-    found = read_json_object(result_path(path))
-    same = found.get("made_by") == made_by and found.get("sha256") == sha256_file(path)
-    return Exported(path, found, unchanged=True) if same else None
+    return found if found.get("made_by") == made_by else None
 
 
 def _require_agreement(agreement: Agreement) -> None:

@@ -99,13 +99,19 @@ def _quiet() -> Iterator[None]:
 
 
 class OnnxSession:
-    """An exported model in ONNX Runtime on the CPU, which carries the state from frame to frame of one video."""
+    """An exported model in ONNX Runtime on the CPU, which carries the state from frame to frame of one video.
+
+    Raises UserError if ONNX Runtime is missing or cannot run it.
+    """
 
     def __init__(self, content: bytes, threads: int) -> None:
         runtime = package("onnxruntime")
         options = runtime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = threads, 3
-        self._session = runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        try:
+            self._session = runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # it has a type of its own for each reason
+            raise UserError(f"export-model: ONNX Runtime cannot run this net ({type_and_line(error)})") from error
         self.about: dict[str, Any] = json.loads(self._session.get_modelmeta().custom_metadata_map[KEY])
         self._outputs = [one.name for one in self._session.get_outputs()]
         self.reset()

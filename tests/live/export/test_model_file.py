@@ -115,10 +115,17 @@ def test_again_gives_the_same_bytes_and_another_model_is_not_replaced(tmp_path: 
         export_model(another, path, StopRequest())
     assert path.read_bytes() == written
     path.write_bytes(written[:-1])  # damaged
+    path.with_suffix(".json").write_text("{")
     with pytest.raises(UserError, match="--force"):
+        export_model(nets, path, StopRequest())
+    path.unlink()
+    with pytest.raises(UserError, match=r"net\.json: exists and is not this model"):
         export_model(nets, path, StopRequest())
     assert not export_model(nets, path, StopRequest(), replace=True).unchanged
     assert path.read_bytes() == written
+    path.unlink()  # as if killed between the two files
+    assert not export_model(nets, path, StopRequest()).unchanged
+    assert export_model(nets, path, StopRequest()).unchanged
 
 
 class FromFirstFrame(Head):
@@ -140,8 +147,21 @@ class Sorted(FromFirstFrame):
         return HeadOutput([self.fc(torch.cumprod(x, 2).logcumsumexp(2))], x, ())
 
 
+class Growing(FromFirstFrame):
+    """A head that remembers all embeddings."""
+
+    def forward(self, x: Tensor, state: State | None = None, lengths: Tensor | None = None) -> HeadOutput:
+        seen = torch.cat([*(state or ()), x], dim=1)
+        return HeadOutput([self.fc(seen[:, -x.shape[1] :])], x, (seen,))
+
+
 @pytest.mark.parametrize(
-    ("head", "message"), [(FromFirstFrame, "other probabilities than torch"), (Sorted, "cannot convert this net")]
+    ("head", "message"),
+    [
+        (FromFirstFrame, "other probabilities than torch"),
+        (Sorted, "cannot convert this net"),
+        (Growing, "the state of linear grows from frame to frame"),
+    ],
 )
 def test_a_model_that_does_not_agree_is_not_written(head: Any, message: str, tmp_path: Path) -> None:
     nets = nets_of(head(LINEAR, D, 7))
