@@ -58,7 +58,10 @@ def export_model(nets: Nets, path: Path, stop: StopRequest, *, replace: bool = F
         return Exported(path, known, unchanged=True)
     foreign = path if path.exists() else result_path(path) if result_path(path).exists() and known is None else None
     if foreign is not None and not replace:
-        raise UserError(f"{foreign}: exists and is not this model; choose another --out, or add --force to replace it")
+        raise UserError(
+            f"{foreign}: exists and is not this model, made by these versions; choose another --out, or add --force to "
+            "replace it"
+        )
     say("converting to ONNX")
     stop.raise_if_set()
     content = convert(net, about)
@@ -94,6 +97,6 @@ def _require_agreement(agreement: Agreement) -> None:
     name, value = max(agreement.largest.items(), key=lambda one: (one[1] != one[1], one[1]))
     raise UserError(
         f"export-model: the exported model gives other probabilities than torch (output {name}: {value:.2g} within "
-        f"{CHECK_FRAMES} frames, more than {TOLERANCE:g}), so nothing was written; the head may not start from a state "
-        "of zeros, or may change its state's size"
+        f"{CHECK_FRAMES} frames, more than {TOLERANCE:g}), so nothing was written; does the head start from a state "
+        "of zeros?"
     )
