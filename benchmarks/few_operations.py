@@ -48,18 +48,19 @@ ByVideo = dict[str, Measures]
 
 @dataclass
 class Search:
-    """All trainings of a search: `stage_one` and `temporal` are the candidates, as {name: {setting: value}}."""
+    """All trainings of a search. The candidates are {name: {setting: value}}; those in `offline` are never chosen."""
 
     options: argparse.Namespace
     stage_one: Mapping[str, Changes]
     temporal: Mapping[str, Changes]
+    offline: Mapping[str, Changes]
     videos: Sequence[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> Search:
         tree = read_yaml(options.candidates)
-        found = cls(options, tree["stage_one"], tree["temporal"])
-        for names in (found.stage_one, found.temporal):
+        found = cls(options, tree["stage_one"], tree["temporal"], tree.get("offline", {}))
+        for names in (found.stage_one, found.temporal, found.offline):
             if wrong := [name for name in names if not re.fullmatch(r"[A-Za-z0-9._-]+", str(name))]:
                 raise UserError(f"{options.candidates}: {wrong[0]}: names are run folders; use letters, digits and -")
         if next(iter(found.temporal.values())):
@@ -110,6 +111,7 @@ class Search:
         self.whole(run, self.stage_one[stage_one], split)
         seeds = range(self.options.seeds)
         heads = [name for name, changes in self.temporal.items() if "temporal.head" in changes or not changes]
+        heads += self.offline
         names = dict.fromkeys([*(heads if self.options.every_head else ()), temporal])
         return {
             "stage_one": stage_one,
@@ -144,7 +146,8 @@ class Search:
         run = run or f"{features_of}-{name}-seed{seed}"
         evaluated = self.options.runs / run / "evaluate" / ("test" if mode == "none" else f"test-{mode}")
         if not (evaluated / "metrics.json").is_file():
-            settings = self._settings_of(run, {**self.temporal[name], "temporal.baseline": False}, split, seed)
+            changes = self.offline[name] if name in self.offline else self.temporal[name]
+            settings = self._settings_of(run, {**changes, "temporal.baseline": False}, split, seed)
             folder = str(self._features(features_of, run, split))
             pipeline("train-temporal", self.options.config, run, settings, ("--features", folder))
             decoding = () if mode == "none" else ("--decoding", mode)

@@ -37,7 +37,6 @@ CNN_FOLDER, EXTRACT_FOLDER, TEMPORAL_FOLDER, JOINT_FOLDER = "cnn", "extract", "t
 TOOLS_FOLDER = "tools"
 DEFAULT_BACKBONE = "resnet50"
 Inference = Literal["carried", "clip"]
-Seconds = Annotated[float, Field(ge=1e-3, le=3600)]  # NaN fails too
 Precision = Literal["auto", "native", "fp32", "bf16", "fp16"]
 
 
@@ -457,32 +456,6 @@ class SequenceConfig(Strict):
         return no_clips | ({"frames": "mode=full and inference=carried"} if whole else {})
 
 
-class SequenceAugmentConfig(Strict):
-    """Random changes of the training sequences of stage two, drawn anew in every epoch."""
-
-    speed: tuple[float, float] | None = Field(
-        None,
-        description="play each training video at a random speed from and to these, such as [0.5, 2.0], by repeating or "
-        "leaving out frames; null: as it is",
-    )
-    start: float = Field(
-        0.0, ge=0, le=1, description="probability that a training video begins at a random frame of its first half"
-    )
-    feature_dropout: float = Field(
-        0.0, ge=0, lt=1, description="fraction of the features that are set to their mean in a whole training sequence"
-    )
-    feature_noise: float = Field(
-        0.0, ge=0, le=10, description="standard deviation of noise that is added to standardised features in training"
-    )
-
-    @field_validator("speed")
-    @classmethod
-    def _in_order(cls, speed: tuple[float, float] | None) -> tuple[float, float] | None:
-        if speed is not None and not 0.1 <= speed[0] <= speed[1] <= 10:
-            raise ValueError("must be two speeds from 0.1 to 10, the lower one first")
-        return speed
-
-
 FeaturesIn = Literal["auto", "memory", "stream"]
 DecodingMode = Literal["none", "calibrated", "filter", "causal", "offline"]
 
@@ -547,13 +520,7 @@ class DecodingConfig(OmitsDefaults):
 class TemporalConfig(LoopConfig):
     """Stage two: training a phase model on sequences of embeddings."""
 
-    OMITTED = LoopConfig.OMITTED | {
-        "decoding",
-        "smoothing_weight",
-        "transition_weight",
-        "transition_seconds",
-        "augment",
-    }
+    OMITTED = LoopConfig.OMITTED | {"decoding", "smoothing_weight", "feature_dropout"}
 
     head: HeadConfig = LstmHead()
     sequence: SequenceConfig = SequenceConfig()
@@ -562,11 +529,8 @@ class TemporalConfig(LoopConfig):
     smoothing_weight: float = Field(
         0.0, ge=0, le=100, description="weight of MS-TCN's smoothing term (T-MSE; the paper's is 0.15)"
     )
-    transition_weight: float = Field(
-        0.0, ge=0, le=100, description="how much more a frame at a transition counts than one far from any"
-    )
-    transition_seconds: tuple[Seconds, Seconds] = Field(
-        (2.0, 13.0), description="with transition_weight: standard deviations of the additional weight before and after"
+    feature_dropout: float = Field(
+        0.0, ge=0, lt=1, description="fraction of the features that are set to their mean in a whole training sequence"
     )
     standardise: bool = Field(
         True, description="standardise features by the mean and standard deviation of the training videos"
@@ -587,7 +551,6 @@ class TemporalConfig(LoopConfig):
         "results; auto: stream if the features would take more than 40 % of the available memory",
     )
     decoding: DecodingConfig = DecodingConfig()
-    augment: SequenceAugmentConfig = SequenceAugmentConfig()
 
 
 class JointNetConfig(Strict):

@@ -47,15 +47,10 @@ _STATISTICS_ROWS = 256
 
 @dataclass(frozen=True)
 class Span:
-    """The range of rows in a `FeatureBank` that belong to one video.
-
-    At another `speed` than 1, it is a training sequence of `frames` frames, of which frame k is row first + k speed,
-    rounded down (see `stage2_temporal.augment`).
-    """
+    """The range of rows in a `FeatureBank` that belong to one video."""
 
     first: int
     frames: int
-    speed: float = 1.0
 
     @property
     def rows(self) -> slice:
@@ -222,7 +217,6 @@ class Batch:
     first: Tensor  # (B,) int64, row of each sequence's first frame
     lengths: Tensor  # (B,) int64
     fresh: bool = True
-    speed: Tensor | None = None  # (B,) float64, rows per frame (see `Span`); None: 1
 
     @property
     def rows(self) -> Tensor:
@@ -232,12 +226,8 @@ class Batch:
     def rows_on(self, device: torch.device) -> Tensor:
         """The same as `rows`, computed on `device`."""
         first, lengths = (sent_to(device, values)[:, None] for values in (self.first, self.lengths))
-        frame = torch.arange(int(self.lengths.max()), device=device)
-        if self.speed is None:
-            return torch.where(frame < lengths, first + frame, -1)
-        # on the CPU, since not every device has double precision
-        offsets = (torch.arange(len(frame), dtype=torch.float64) * self.speed[:, None]).long()
-        return torch.where(frame < lengths, first + sent_to(device, offsets), -1)
+        offsets = torch.arange(int(self.lengths.max()), device=device)
+        return torch.where(offsets < lengths, first + offsets, -1)
 
     def __len__(self) -> int:
         return len(self.first)
@@ -250,11 +240,8 @@ class Batch:
         without a part computes the batch's first sequence, and the frames of this one must not count.
         """
         if rank >= len(self):
-            return self._part(slice(1), fresh=True), False
-        return self._part(slice(rank, None, count), self.fresh), True
-
-    def _part(self, of: slice, fresh: bool) -> Batch:
-        return Batch(self.first[of], self.lengths[of], fresh, None if self.speed is None else self.speed[of])
+            return Batch(self.first[:1], self.lengths[:1]), False
+        return Batch(self.first[rank::count], self.lengths[rank::count], self.fresh), True
 
 
 def epoch_batches(spans: Sequence[Span], config: SequenceConfig, seed: int, epoch: int) -> list[Batch]:
@@ -295,11 +282,7 @@ def group_by_length(spans: Sequence[Span], size: int, generator: torch.Generator
 def chunk_batches(group: Sequence[Span], frames: int) -> Iterator[Batch]:
     """The batches of a group (longest video first): the next `frames` frames of all its videos that have not ended."""
     for start in range(0, group[0].frames, frames):
-        active = [
-            Span(span.first + int(start * span.speed), min(frames, span.frames - start), span.speed)
-            for span in group
-            if span.frames > start
-        ]
+        active = [Span(span.first + start, min(frames, span.frames - start)) for span in group if span.frames > start]
         yield _batch(active, fresh=start == 0)
 
 
@@ -307,23 +290,17 @@ def clip_batches(
     spans: Sequence[Span], frames: int, stride: int, size: int, generator: torch.Generator | None
 ) -> list[Batch]:
     """All clips of the videos, in batches of `size` clips; in random order if there is a generator."""
-    starts = [torch.arange(0, max(1, span.frames - frames + 1), stride) for span in spans]
-    of_videos = list(zip(starts, spans, strict=True))
-    first = torch.cat([span.first + (s.double() * span.speed).long() for s, span in of_videos])
-    lengths = torch.cat([torch.full_like(s, min(frames, span.frames)) for s, span in of_videos])
-    speed = torch.cat([torch.full_like(s, span.speed, dtype=torch.float64) for s, span in of_videos])
+    starts = [torch.arange(span.first, span.first + max(1, span.frames - frames + 1), stride) for span in spans]
+    first = torch.cat(starts)
+    lengths = torch.cat([torch.full_like(s, min(frames, span.frames)) for s, span in zip(starts, spans, strict=True)])
     if generator is not None:
         order = torch.randperm(len(first), generator=generator)
-        first, lengths, speed = first[order], lengths[order], speed[order]
-    parts = zip(first.split(size), lengths.split(size), speed.split(size), strict=True)
-    plain = all(span.speed == 1 for span in spans)
-    return [Batch(f, n, speed=None if plain else v) for f, n, v in parts]
+        first, lengths = first[order], lengths[order]
+    return [Batch(f, n) for f, n in zip(first.split(size), lengths.split(size), strict=True)]
 
 
 def _batch(spans: Sequence[Span], fresh: bool = True) -> Batch:
-    first, lengths = (torch.tensor(values) for values in zip(*((one.first, one.frames) for one in spans), strict=True))
-    plain = all(span.speed == 1 for span in spans)
-    return Batch(first, lengths, fresh, None if plain else torch.tensor([span.speed for span in spans]).double())
+    return Batch(torch.tensor([span.first for span in spans]), torch.tensor([span.frames for span in spans]), fresh)
 
 
 # ---------------------------------------------------------------------------------------------- reading

@@ -70,17 +70,11 @@ class StreamedFeatures:
     def take(self, rows: Tensor) -> Tensor:
         """The features (B, T, D) of the rows (B, T). Each sequence lies within one video and may end with -1 (padding).
 
-        The rows of a sequence may repeat or leave out some, but never fall; all from the first to the last are read.
-
         Raises FeatureFileError naming a file that is damaged or was replaced.
         """
         rows = rows.cpu()
         lengths = (rows >= 0).sum(dim=1).tolist()
-        offsets = (rows - rows[:, :1]).clamp(min=0)  # (B, T) from the first row of each sequence
-        spans = offsets.max(dim=1).values + 1
-        found = self._read(rows[:, 0].tolist(), spans.tolist(), int(spans.max()))
-        if spans.tolist() != lengths or found.shape[1] != rows.shape[1]:
-            found = found.gather(1, offsets[:, :, None].expand(-1, -1, self._width))
+        found = self._read(rows[:, 0].tolist(), lengths, rows.shape[1])
         for sequence, length in zip(found, lengths, strict=True):
             sequence[length:] = self._padding
         if self._columns is not None:

@@ -39,12 +39,12 @@ from features.dataset.catalogue import say_left_out
 from features.dataset.trained_on import inherited_from, record_training
 from features.frames.settings_match import require_features_of
 from features.video_labels import NO_LABEL
-from stage2_temporal.augment import FeatureNoise, resampled
-from stage2_temporal.data import Batch, FeatureBank, Span, TrainingData, epoch_batches, read_training_data, take
+from stage2_temporal.data import Batch, FeatureBank, Span, TrainingData, epoch_batches, read_training_data
+from stage2_temporal.feature_dropout import FeatureDropout
 from stage2_temporal.fit_decoding import write_decoding
 from stage2_temporal.heads.base import build_head, detach_state, first_rows
 from stage2_temporal.heads.standardise import Standardise
-from stage2_temporal.loss import TracksLoss, transition_map
+from stage2_temporal.loss import TracksLoss
 from stage2_temporal.model import PhaseModel
 from stage2_temporal.predict import FRAME_FOLDER, TemporalAbout, predict_spans
 
@@ -143,10 +143,7 @@ def train_head(
     model = _initial_model(head, config, data, constants, start)
     labelled = [count_labels(data.bank, data.train, track, width) for track, width in enumerate(data.widths)]
     criterion = TracksLoss(settings, labelled, processes.total)
-    of_frames, noise = (
-        _weights_of_frames(settings, data),
-        FeatureNoise(settings.augment, model.standardise, config.seed),
-    )
+    dropout = FeatureDropout(settings.feature_dropout, model.standardise, config.seed)
     frames = max(int(counts.sum()) for counts in labelled)
     groups = [{"params": model.head.parameters(), "name": "head"}]
     make_folder(folder)
@@ -157,13 +154,10 @@ def train_head(
         settings.epochs, head.name, "epoch", initial=session.position.epoch, disable=not processes.first
     ) as bar:
         for epoch in session.epochs():
-            spans = resampled(data.train, settings.augment, config.seed, epoch)
-            batches = epoch_batches(spans, settings.sequence, config.seed, epoch)
+            batches = epoch_batches(data.train, settings.sequence, config.seed, epoch)
             remaining = len(batches) - session.position.step
             started = time.monotonic()
-            _train_epoch(
-                session, model, criterion, data.bank, batches, settings.sequence.mode == "chunked", noise, of_frames
-            )
+            _train_epoch(session, model, criterion, data.bank, batches, settings.sequence.mode == "chunked", dropout)
             seconds = max(time.monotonic() - started, 1e-9)
             if time.monotonic() - trimmed > TRIM_INTERVAL_S:
                 give_back_freed_memory()
@@ -200,13 +194,9 @@ def _train_epoch(
     bank: FeatureBank,
     batches: Sequence[Batch],
     carries: bool,
-    noise: FeatureNoise,
-    of_frames: Tensor | None = None,
+    dropout: FeatureDropout,
 ) -> None:
-    """Train the remaining steps of an epoch; if `carries`, each batch passes its state on to the batch after it.
-
-    `of_frames` (L, N) holds weights of the bank's frames in the loss of each track.
-    """
+    """Train the remaining steps of an epoch; if `carries`, each batch passes its state on to the batch after it."""
     processes = session.processes
     shares = [whole.share(processes.rank, processes.count) for whole in batches[session.position.step :]]
     for (batch, counts), (x, labels) in session.batches(bank.gathered(shares), len(batches)):  # (B, T, D), (L, B, T)
@@ -215,31 +205,12 @@ def _train_epoch(
         numbers = bank.numbers(batch) if carries else batch.first.tolist()
         state = None if batch.fresh else first_rows(model.carried, len(batch))
         with session.autocast():
-            output = session.model(noise(x, session.position.epoch, numbers), state, batch.lengths)
+            output = session.model(dropout(x, session.position.epoch, numbers), state, batch.lengths)
         model.carried = detach_state(output.state) if carries and counts else ()
-        weights = None if of_frames is None else take(of_frames.T, batch.rows_on(of_frames.device)).movedim(2, 0)
-        loss = criterion(output.logits_per_stage, labels, weights)
+        loss = criterion(output.logits_per_stage, labels)
         del output  # otherwise its hidden features would take up memory during the backward pass
         session.update(loss, partial(bank.names, batch))
     model.carried = ()
-
-
-def _weights_of_frames(settings: schema.TemporalConfig, data: TrainingData) -> Tensor | None:
-    """1 + transition_weight * `transition_map` of each frame (N,) of each track, (L, N); None without such a weight."""
-    if not settings.transition_weight:
-        return None
-    fps, (before, after) = float(data.encoder["fps"] or 0.0), settings.transition_seconds
-    if not fps:
-        raise UserError(
-            f"{data.folder}: the sampling rate of its features is unknown, so temporal.transition_seconds cannot be "
-            "converted to frames; set temporal.transition_weight=0"
-        )
-    weights = torch.ones(data.bank.labels.shape)
-    for span in data.train:
-        for track, labels in enumerate(data.bank.labels_of(span).cpu().numpy()):
-            near = transition_map(labels, before * fps, after * fps)
-            weights[track, span.rows] += settings.transition_weight * torch.from_numpy(near)
-    return weights.to(data.bank.labels.device)
 
 
 def score_of(tracks: Sequence[str]) -> str:

@@ -112,6 +112,12 @@ def test_one_value_changes_nothing_else(preset: str) -> None:
         if isinstance(result, str) and key == "cnn.augment.crop":
             assert "windows lie anywhere" in result  # of a preset with windows of random size
             continue
+        if isinstance(result, str) and "early_stop_epochs has no place with keep_epoch=last" in result:
+            assert key.endswith(("keep_epoch", "early_stop_epochs"))  # of a preset with the other one
+            continue
+        if isinstance(result, str) and key in ("temporal.decoding.lag_s", "temporal.decoding.min_duration_s"):
+            assert "has no effect with mode=filter" in result  # of a preset that decodes so
+            continue
         if isinstance(result, str):  # steps of the schedule ask for branches of the net
             assert key.startswith("joint.")
             assert key.split(".")[1] in result

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from configs.schema import TemporalConfig
 from stage2_temporal.data import FeatureBank, Span
-from stage2_temporal.loss import PhaseLoss, TracksLoss, transition_map
+from stage2_temporal.loss import PhaseLoss
 from stage2_temporal.train import count_labels
 
 
@@ -106,35 +105,3 @@ def test_processes_add_up_to_one_loss_and_one_without_pairs_adds_nothing() -> No
     assert float(shares[2].detach()) == 0.0
     single = PhaseLoss(settings, counts)([logits[:, :1]], LABELS[:, :1])
     assert math.isfinite(float(single.detach()))
-
-
-def test_the_transition_map_is_lovits() -> None:
-    """Entry by entry, with a gap in the labels, a video without transitions, and an empty one."""
-    labels = np.array([-1, 0, 0, 0, 0, 1, 1, -1, -1, 0, 0, 0, 2])
-    transitions, found = [5, 9, 12], transition_map(labels, 1.0, 3.0)
-    for t in range(len(labels)):
-        values = [math.exp(-((t - at) ** 2) / (2 * (3.0 if t >= at else 1.0) ** 2)) for at in transitions]
-        assert found[t] == pytest.approx(max(values), rel=1e-6)
-    assert not transition_map(np.array([-1, 2, 2]), 1.0, 3.0).any()
-    assert transition_map(np.zeros(0, dtype=int), 1.0, 3.0).shape == (0,)
-
-
-@pytest.mark.parametrize("weighting", ["none", "inverse_frequency"])
-def test_weights_of_frames_give_a_weighted_mean(weighting: str) -> None:
-    settings = TemporalConfig.model_validate({"class_weighting": weighting, "label_smoothing": 0.1})
-    stages, counts = stages_of(), torch.tensor([5, 2, 3])
-    loss, of_frames = PhaseLoss(settings, counts), 1 + torch.rand(2, 6, generator=torch.Generator().manual_seed(2))
-    reference = torch.nn.CrossEntropyLoss(weight=loss.weight, ignore_index=-1, label_smoothing=0.1, reduction="none")
-    known = [(b, t) for b in range(2) for t in range(6) if LABELS[b, t] >= 0]
-    total = sum(of_frames[b, t] * loss.weight[LABELS[b, t]] for b, t in known)
-    expected = sum(
-        of_frames[b, t] * reference(logits[b, t][None], LABELS[b, t][None])[0] / total
-        for logits in stages
-        for b, t in known
-    )
-    torch.testing.assert_close(loss(stages, LABELS, of_frames), expected)
-    torch.testing.assert_close(loss(stages, LABELS, torch.ones(2, 6)), loss(stages, LABELS))
-    both = TracksLoss(settings, [counts, counts])
-    wide = [torch.cat([logits, logits], dim=-1) for logits in stages]
-    of_tracks = torch.stack([of_frames, torch.ones(2, 6)])
-    torch.testing.assert_close(both(wide, torch.stack([LABELS, LABELS]), of_tracks), expected + loss(stages, LABELS))
