@@ -63,8 +63,6 @@ class Search:
         for names in (found.stage_one, found.temporal, found.offline):
             if wrong := [name for name in names if not re.fullmatch(r"[A-Za-z0-9._-]+", str(name))]:
                 raise UserError(f"{options.candidates}: {wrong[0]}: names are run folders; use letters, digits and -")
-        if next(iter(found.temporal.values())):
-            raise UserError(f"{options.candidates}: the first candidate of stage two changes nothing; write {{}}")
         index = options.runs / "index.json"
         pipeline("index", options.config, None, found._settings(index))
         found.videos = [one["id"] for one in read_json_object(index)["videos"]]
@@ -110,7 +108,8 @@ class Search:
         run, split = f"{stage_one}-outer-{tested}", self.without([tested], test=[tested])
         self.whole(run, self.stage_one[stage_one], split)
         seeds = range(self.options.seeds)
-        heads = [name for name, changes in self.temporal.items() if "temporal.head" in changes or not changes]
+        first = next(iter(self.temporal))
+        heads = [name for name, changes in self.temporal.items() if "temporal.head" in changes or name == first]
         heads += self.offline
         names = dict.fromkeys([*(heads if self.options.every_head else ()), temporal])
         return {
