@@ -82,6 +82,7 @@ COMMANDS = {
     "datasets": ("commands.datasets:datasets", "List and show the known data sets, and try a description on a folder"),
     "encoders": ("commands.encoders:encoders", "List the known encoders, and say what one of them needs"),
     "annotations": ("commands.annotations:group", "Convert files of annotation tools, and find labels to check"),
+    "view": ("commands.view:view", "Look at videos with labels and predictions in a browser, and correct labels"),
     "features": ("commands.data:features", "Check, describe, import and export feature folders"),
     "config": ("commands.settings:config", "Show settings"),
     "doctor": ("commands.settings:doctor", "Check whether this machine can do what the settings ask for"),

@@ -12,16 +12,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from configs.errors import UserError
-from configs.load import load_config
 from configs.schema import Config
 from engine.progress import say
 from evaluation.comparison import DEFAULT_CONVENTION
 from evaluation.matrix import MatrixPlace, make_matrix
-from evaluation.reports.gather import Disagreement, Report, Thumbnail, disagreements, find_run, gather
+from evaluation.reports.gather import Disagreement, Report, Thumbnail, disagreements, find_run, gather, recordings
 from evaluation.reports.matrix import matrix_tables
-from features.dataset.catalogue import data_root
-from features.dataset.index import Dataset, Index
-from features.store_folder import INDEX_FILE, find_feature_folder
+from features.dataset.index import Dataset
 
 THUMBNAIL_PX = 240
 REPORT_FILE = "report.html"
@@ -80,7 +77,7 @@ def with_thumbnails(report: Report, run: Path) -> Report:
     if not wanted:
         return report
     try:
-        config, dataset = _recordings(run)
+        config, dataset = recordings(run)
     except UserError as error:
         return dataclasses.replace(report, thumbnails_note=_note(error))
     found: list[Thumbnail] = []
@@ -96,19 +93,6 @@ def with_thumbnails(report: Report, run: Path) -> Report:
 
 def _note(error: UserError) -> str:
     return f"Videos that are not available are shown without frames: {error}"
-
-
-def _recordings(run: Path) -> tuple[Config, Dataset]:
-    """Return the settings and the data set that the run's last stage used."""
-    files = sorted(run.rglob("config.yaml"), key=lambda path: path.stat().st_mtime)
-    if not files:
-        raise UserError(f"{run}: has no config.yaml, so the location of its videos is not known")
-    config = load_config(files[-1])
-    root = data_root(config)
-    path = config.data.index
-    if not path.exists():
-        path = find_feature_folder(None, run, config.extract.store) / INDEX_FILE
-    return config, Dataset(Index.load(path), root)
 
 
 def _read(

@@ -101,7 +101,7 @@ def convert(path: Path, out: Path, ask: Conversion, replace_files: bool = False)
     are converted. Raises UserError if none can be, if a video occurs twice, or if a file with other content exists and
     `replace_files` is false.
     """
-    videos, failed, notes = _read_all(_files(path, ask), ask)
+    videos, failed, notes = _read_all(annotation_files(path, ask), ask)
     if failed and not videos:
         raise UserError(failed[0][1])
     chosen = [_chosen(video, ask, notes) for video in videos]
@@ -112,7 +112,7 @@ def convert(path: Path, out: Path, ask: Conversion, replace_files: bool = False)
         )
         raise UserError(f"{path}: has no labelled intervals{which}; tracks: {listed(_tracks(videos), 8) or 'none'}")
     losses: dict[str, Losses] = {}
-    folder, texts = _texts(chosen, out, ask, losses)
+    folder, texts = converted_texts(chosen, out, ask, losses)
     written = write_texts(folder, texts, replace_files)
     notes += [f"{video}: {note}" for video, lost in losses.items() for note in lost.notes()]
     for note in notes:
@@ -123,7 +123,7 @@ def convert(path: Path, out: Path, ask: Conversion, replace_files: bool = False)
 # ---------------------------------------------------------------------------------------------- reading
 
 
-def _files(path: Path, ask: Conversion) -> list[tuple[Path, str]]:
+def annotation_files(path: Path, ask: Conversion) -> list[tuple[Path, str]]:
     """Return the files to read with their formats. Raises UserError if there is none."""
     if not path.is_dir():
         found = ask.source or _ENDINGS.get(path.suffix.lower())
@@ -146,16 +146,21 @@ def _files(path: Path, ask: Conversion) -> list[tuple[Path, str]]:
     return files
 
 
-def _read_all(
-    files: Sequence[tuple[Path, str]], ask: Conversion
-) -> tuple[list[VideoAnnotations], list[tuple[str, str]], list[str]]:
-    """Return the videos of all files, the files that cannot be read, and notes."""
+def read_annotation_file(path: Path, kind: str, ask: Conversion) -> Annotations:
+    """Read a file of labels in the format `kind`. Raises UserError if it cannot be read."""
     readers: dict[str, Callable[[bytes, Path], Annotations]] = {
         "eaf": read_eaf,
         "labelstudio": partial(read_label_studio, fps_of=ask.fps_of),
         "csv": read_csv,
         "cholec80": partial(_read_cholec80, ask=ask),
     }
+    return readers[kind](read_content(path), path)
+
+
+def _read_all(
+    files: Sequence[tuple[Path, str]], ask: Conversion
+) -> tuple[list[VideoAnnotations], list[tuple[str, str]], list[str]]:
+    """Return the videos of all files, the files that cannot be read, and notes."""
     videos: dict[str, VideoAnnotations] = {}
     places: dict[str, Path] = {}
     failed: list[tuple[str, str]] = []
@@ -163,7 +168,7 @@ def _read_all(
     with progress_bar(len(files), "annotations", "file", iterable=files, delay=BAR_AFTER_S) as bar:
         for path, kind in bar:
             try:
-                found = readers[kind](read_content(path), path)
+                found = read_annotation_file(path, kind, ask)
             except UserError as error:
                 failed.append((path.name, str(error)))
                 continue
@@ -252,7 +257,7 @@ def _spelled(track: str, label: str, video: str, spec: DataSetSpec) -> str:
 # ---------------------------------------------------------------------------------------------- writing
 
 
-def _texts(
+def converted_texts(
     videos: Sequence[VideoAnnotations], out: Path, ask: Conversion, losses: dict[str, Losses]
 ) -> tuple[Path, dict[str, str]]:
     """Return the folder to write to, and the texts of its files by name. What is lost is added to `losses`."""

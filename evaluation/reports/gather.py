@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import UserError, listed
-from configs.load import flatten, read_yaml
+from configs.load import flatten, load_config, read_yaml
 from configs.schema import JOINT_FOLDER, TEMPORAL_FOLDER, Config
 from engine.files import read_json_object
 from engine.logs import METRICS_LOG, read_metrics
@@ -31,8 +31,11 @@ from evaluation.reports.ablation import ABLATION_PAGE
 from evaluation.reports.paper_figures import sample_edges_s
 from evaluation.reports.summary import settings_behind
 from evaluation.reports.tables import ResultTable
+from features.dataset.catalogue import data_root
+from features.dataset.index import Dataset, Index
 from features.ids import file_stem
 from features.run_lengths import runs
+from features.store_folder import INDEX_FILE, find_feature_folder
 
 EVALUATE_FOLDER = "evaluate"
 TRUTH_NAME = "truth"
@@ -173,6 +176,19 @@ def find_run(named: Path) -> Path:
     """Return the folder of a run, which may be given as that folder, or by its name below `runs`."""
     folder = Config().runs / named
     return folder if folder.is_dir() and not (named / EVALUATE_FOLDER).is_dir() else named
+
+
+def recordings(run: Path) -> tuple[Config, Dataset]:
+    """Return the settings and the data set of a run's last stage. Raises UserError if they are not there."""
+    files = sorted(run.rglob("config.yaml"), key=lambda path: path.stat().st_mtime)
+    if not files:
+        raise UserError(f"{run}: has no config.yaml, so the location of its videos is not known")
+    config = load_config(files[-1])
+    root = data_root(config)
+    path = config.data.index
+    if not path.exists():
+        path = find_feature_folder(None, run, config.extract.store) / INDEX_FILE
+    return config, Dataset(Index.load(path), root)
 
 
 def gather(folders: Sequence[Path], split: str = "test") -> Report:

@@ -1,0 +1,595 @@
+// The page: what is open, where the playhead is, and what happens when something is pressed.
+
+import { Clock, clockText, durationText } from "./clock.js";
+import { Editor } from "./editor.js";
+import * as I from "./intervals.js";
+import { listenToKeys } from "./keys.js";
+import { Live } from "./live.js";
+import * as panels from "./panels.js";
+import { $, fillSelect, problem, say } from "./parts.js";
+import { Player } from "./player.js";
+import { classStyles, intervalsOf, ownRow, readValues, sourceRow } from "./rows.js";
+import { bytes, json } from "./server.js";
+import { Timeline } from "./timeline.js";
+
+const OWN = "own";
+
+class App {
+  async start() {
+    if (location.search) history.replaceState(null, "", "/"); // the key is in a cookie now
+    this.timeline = new Timeline($("#timeline"), {
+      seek: (time, done) => this.seek(time, done),
+      border: (row, lane, time) => this.nearestBorder(row, lane, time),
+      drag: (row, lane, border, time, done) => this.drag(lane, border, time, done),
+      cancel: () => this.cancelDrag(),
+      choose: (row, lane) => this.choose(row.track, lane?.label ?? null),
+    });
+    const parts = { film: $("#film"), picture: $("#picture"), none: $("#no-picture") };
+    this.player = new Player(parts, (frame) => this.playedTo(frame), () => ($("#play").textContent = "Play"));
+    this.added = {}; // tracks and classes that the page has been told: {track: {several, classes}}
+    this.listen();
+    try {
+      this.state = await json("/api/state");
+    } catch (error) {
+      problem(error.message);
+      return;
+    }
+    const videos = this.state.videos.map((name, i) => [String(i), name]);
+    const live = this.state.live ? [["live", `Live: ${this.state.live}`]] : [];
+    fillSelect($("#video"), [...live, ...videos]);
+    await this.open(live.length ? "live" : "0");
+  }
+
+  listen() {
+    const on = (id, does) => $(id).addEventListener("click", does);
+    on("#back", () => this.stepFrames(-1));
+    on("#on", () => this.stepFrames(1));
+    on("#back-second", () => this.stepSeconds(-1));
+    on("#on-second", () => this.stepSeconds(1));
+    on("#play", () => this.playOrPause());
+    on("#split", () => this.split());
+    on("#begin-here", () => this.borderHere(-1));
+    on("#end-here", () => this.borderHere(1));
+    on("#merge", () => this.merge(1));
+    on("#remove", () => this.remove());
+    on("#accept", () => this.accept());
+    on("#undo", () => this.editor?.undo());
+    on("#redo", () => this.editor?.redo());
+    on("#zoom-in", () => this.timeline.zoom(2));
+    on("#zoom-out", () => this.timeline.zoom(0.5));
+    on("#zoom-all", () => this.timeline.all());
+    on("#next-difference", () => this.toDifference(1));
+    on("#previous-difference", () => this.toDifference(-1));
+    on("#show-help", panels.showHelp);
+    on("#show-export", () => panels.showExport(this.state, this.number));
+    on("#show-history", () => this.history());
+    on("#add-track", () => this.addTrack());
+    on("#add-class", () => this.addClass());
+    $("#video").addEventListener("change", (event) => this.open(event.target.value));
+    $("#track").addEventListener("change", (event) => this.choose(event.target.value, null));
+    $("#speed").addEventListener("change", (event) => this.player.setSpeed(Number(event.target.value)));
+    for (const id of ["#compare-a", "#compare-b"]) $(id).addEventListener("change", () => this.compare());
+    document.addEventListener("visibilitychange", () => document.hidden || this.refresh());
+    window.addEventListener("focus", () => this.refresh());
+    window.addEventListener("beforeunload", (event) => this.editor?.dirty && event.preventDefault());
+    listenToKeys(this);
+  }
+
+  async refresh() {
+    try {
+      await this.editor?.refresh();
+    } catch (error) {
+      problem(error.message);
+    }
+  }
+
+  // ------------------------------------------------------------------------------------------ opening
+
+  async open(which) {
+    const opening = (this.opening = Symbol(which));
+    problem("");
+    $("#video").value = which;
+    this.live?.events.close();
+    this.live = null;
+    this.player.pause();
+    document.body.classList.toggle("live", which === "live");
+    $("#watch").hidden = $("#edit").hidden = which === "live";
+    $("#show-export").disabled = $("#show-history").disabled = which === "live" || !this.state.can_save;
+    this.number = which;
+    this.clock = null; // nothing can be changed until the video is there
+    [this.rows, this.editor, this.preview, this.time, this.frame] = [[], null, null, 0, 0];
+    this.saved("");
+    if (which === "live") {
+      this.openLive();
+      return;
+    }
+    $("#saved").textContent = "reading the video …";
+    try {
+      await this.openVideo(Number(which), opening);
+    } catch (error) {
+      if (this.opening !== opening) return;
+      problem(error.message);
+      this.saved("");
+      this.timeline.show([], {});
+    }
+  }
+
+  async openVideo(number, opening) {
+    const [about, editor] = await Promise.all([json(`/api/videos/${number}`), this.loadEditor(number)]);
+    if (this.opening !== opening) return;
+    const values = about.rows.map(async (row, i) => {
+      if (row.samples) row.values = readValues(await bytes(`/api/videos/${number}/rows/${i}`), row.samples, row.names);
+    });
+    await Promise.all(values);
+    if (this.opening !== opening) return;
+    this.rows = about.rows;
+    this.editor = editor;
+    this.clock = new Clock(about.timing);
+    this.saved(this.state.can_save ? "every change is saved at once" : "only to look");
+    this.player.open(number, this.clock, about.media);
+    this.timeline.setEnd(this.clock.end);
+    this.settle();
+    this.seek(0, true);
+    if (editor?.waiting) await this.resolve(editor.waiting);
+  }
+
+  async loadEditor(number) {
+    if (!this.state.can_save) return null;
+    const editor = new Editor(number, (kind, detail) => {
+      if (kind === "conflict" && this.editor !== editor) editor.waiting = detail; // shown once the video is there
+      else if (this.editor === editor) this.told(kind, detail);
+    });
+    await editor.load();
+    return editor;
+  }
+
+  openLive() {
+    this.live = new Live("stream", () => this.liveNews());
+    this.timeline.follow = true;
+    this.track = "phase";
+    this.liveNews();
+  }
+
+  liveNews() {
+    const { live } = this;
+    const names = { ...live.classes, tool: live.tools };
+    this.styles = classStyles(names);
+    this.timeline.show(live.rows(), this.styles);
+    this.timeline.setEnd(Math.max(live.end, 60), false);
+    this.time = live.end;
+    this.timeline.setTime(live.end, this.timeline.follow);
+    const { last } = live;
+    const phase = last ? live.classes.phase[last.phase] : null;
+    const since = last ? Math.max(last.time - last.since, 0) : 0;
+    $("#where").textContent = "";
+    $("#readout").textContent = last
+      ? `${clockText(last.time)}  ${phase} for ${durationText(since)}, probability ${last.probability.toFixed(2)}, ` +
+        `delay ${Math.round(1000 * last.delay)} ms${live.skipped ? `; ${live.skipped} line(s) could not be read` : ""}`
+      : `waiting for ${this.state.live} …`;
+    if (phase && phase !== this.livePhase) say(`${phase} since ${clockText(last.since)}`);
+    this.livePhase = phase;
+    const now = [["so far", live.seconds("phase")]];
+    panels.showDurations(this.styles.phase ?? [], [...now, ...this.trainingColumns("phase")], phase);
+    fillSelect($("#compare-a"), []);
+    fillSelect($("#compare-b"), []);
+    $("#agreement").textContent = "";
+  }
+
+  trainingColumns(track) {
+    const own = this.state.durations.filter((one) => one.track === track);
+    return own.map((one) => [`mean in training (${one.run})`, one.mean_s]);
+  }
+
+  // ------------------------------------------------------------------------------------------ what is shown
+
+  get intervals() {
+    return this.preview ?? this.editor?.intervals ?? [];
+  }
+
+  get several() {
+    return this.isSeveral(this.track);
+  }
+
+  isSeveral(track) {
+    return (
+      I.canonical(track) === "tool" ||
+      Boolean(this.added[track]?.several) ||
+      this.rows.some((row) => row.several && I.canonical(row.track) === I.canonical(track)) ||
+      I.overlaps(this.editor?.intervals ?? [], track)
+    );
+  }
+
+  // The lane that keys and buttons change.
+  get lane() {
+    return { track: this.track, label: this.several ? this.label : null };
+  }
+
+  // The names of each track's classes: those that the server knows, those of the labels, and those added here.
+  get names() {
+    const found = {};
+    const add = (track, names) => (found[track] ??= []).push(...names.filter((name) => !found[track].includes(name)));
+    const own = this.editor?.intervals ?? [];
+    // one's own labels may be in a track phases or tools
+    const spelled = (track) => own.find((one) => I.canonical(one.track) === track)?.track ?? track;
+    for (const [track, names] of Object.entries(this.state.tracks)) add(spelled(I.canonical(track)), names);
+    for (const row of [...this.rows, ...(this.editor?.others ?? [])]) add(spelled(I.canonical(row.track)), row.classes);
+    for (const one of own) add(one.track, [one.label]);
+    for (const [track, one] of Object.entries(this.added)) add(track, one.classes);
+    if (!Object.keys(found).length) found.phase = [];
+    return found;
+  }
+
+  // Bring everything on the page up to date with the labels.
+  settle() {
+    this.known = this.names;
+    this.styles = classStyles(this.known);
+    const tracks = Object.keys(this.known);
+    if (!tracks.includes(this.track)) [this.track, this.label] = [tracks[0], null];
+    if (this.several) this.label = this.known[this.track].includes(this.label) ? this.label : (this.known[this.track][0] ?? null);
+    fillSelect($("#track"), tracks.map((name) => [name, name]), this.track);
+    const can = Boolean(this.editor);
+    $("#read-only").hidden = can;
+    $("#add-track").hidden = $("#add-class").hidden = $("#edits").hidden = !can;
+    panels.showClasses(this.styles[this.track], this.several, can, (name) => this.beginClass(name));
+    this.shownRows = this.makeRows();
+    this.settleRows();
+    this.showStarts();
+    this.showTable();
+    this.chooseCompared();
+    this.compare();
+  }
+
+  makeRows() {
+    const others = this.editor?.others ?? [];
+    return [...this.rows, ...others].map((row) => {
+      const names = this.known[Object.keys(this.known).find((one) => I.canonical(one) === I.canonical(row.track))] ?? [];
+      return { ...sourceRow(row, names), source: row };
+    });
+  }
+
+  // The rows of the timeline: for each track, truth, one's own labels, and the others; the current track first.
+  settleRows() {
+    const tracks = [this.track, ...Object.keys(this.known).filter((one) => one !== this.track)];
+    const rows = tracks.flatMap((track) => {
+      const of = this.shownRows.filter((row) => row.track === I.canonical(track));
+      const truth = of.filter((row) => row.source.kind === "truth");
+      const used = this.intervals.some((one) => one.track === track) || track === this.track;
+      const own = this.editor && used ? [ownRow(this.ownTitle(track), track, this.intervals, this.known[track], this.isSeveral(track))] : [];
+      const titled = (row) => ({ ...row, track, title: row.track === "phase" ? row.title : `${row.title}, ${row.track}` });
+      return [...truth.map(titled), ...own, ...of.filter((row) => row.source.kind !== "truth").map(titled)];
+    });
+    this.timeline.show(rows, this.styles);
+  }
+
+  ownTitle(track) {
+    const who = this.state.annotator ?? "my labels";
+    return I.canonical(track) === "phase" ? who : `${who}, ${track}`;
+  }
+
+  showTable() {
+    const own = I.ofLane(this.intervals, { track: this.track, label: null });
+    panels.showSegments(own, this.styles[this.track], Boolean(this.editor), {
+      seek: (time) => this.seek(time, true),
+      relabel: (one, name) => this.change(I.relabel(this.intervals, this.laneOf(one), one, name), `now ${name}`),
+    });
+    const columns = [];
+    if (own.length) columns.push([this.ownTitle("phase"), panels.secondsOf(own, this.track)]);
+    for (const row of this.shownRows.filter((one) => one.track === I.canonical(this.track))) {
+      columns.push([row.title, panels.secondsOf(intervalsOf({ ...row.source, values: null }, this.track), this.track)]);
+    }
+    panels.showDurations(this.styles[this.track], [...columns, ...this.trainingColumns(I.canonical(this.track))], null);
+    this.showPlace();
+  }
+
+  laneOf(one) {
+    return { track: one.track, label: this.isSeveral(one.track) ? one.label : null };
+  }
+
+  // What one's own labels can start from.
+  showStarts() {
+    const rows = this.shownRows.filter((row) => row.track === I.canonical(this.track) && row.source.labels.length);
+    $("#start-from").hidden = !this.editor || this.intervals.some((one) => one.track === this.track);
+    $("#starts").replaceChildren();
+    for (const row of rows) {
+      const button = document.createElement("button");
+      button.type = "button";
+      button.textContent = `Start from ${row.title}`;
+      button.addEventListener("click", () => this.startFrom(row));
+      $("#starts").append(button);
+    }
+  }
+
+  startFrom(row) {
+    const found = intervalsOf(row.source, this.track).map((one) => ({
+      ...one,
+      start: this.clock.snap(one.start),
+      end: this.clock.snap(one.end),
+    }));
+    const kept = found.filter((one) => one.end > one.start);
+    this.change([...this.intervals, ...kept], `${kept.length} intervals of ${row.title}`);
+  }
+
+  showPlace() {
+    if (!this.clock) return;
+    $("#where").textContent = `${clockText(this.time, 2)}  frame ${this.clock.number(this.frame)} of ${this.clock.count}`;
+    const parts = this.timeline.rows.map((row) => {
+      const names = row.lanes.map((lane) => this.labelAt(row, lane)).filter(Boolean);
+      return `${row.title}: ${names.join(", ") || "–"}`;
+    });
+    $("#readout").textContent = parts.join("   ");
+    const slider = $("#timeline");
+    slider.setAttribute("aria-valuemax", this.clock.count - 1);
+    slider.setAttribute("aria-valuenow", this.frame);
+    slider.setAttribute("aria-valuetext", `${clockText(this.time, 2)}; ${parts.slice(0, 3).join("; ")}`);
+    panels.markSegment(this.lane, this.time);
+    const current = this.current;
+    for (const id of ["#split", "#merge", "#remove"]) $(id).disabled = !current;
+    $("#accept").disabled = current?.confidence === undefined;
+    $("#undo").disabled = !this.editor?.past.length;
+    $("#redo").disabled = !this.editor?.future.length;
+  }
+
+  labelAt(row, lane) {
+    const i = lane.starts.findIndex((start, n) => start <= this.time + 1e-4 && this.time + 1e-4 < lane.ends[n]);
+    const style = i < 0 ? null : this.styles[row.track]?.[lane.numbers[i]];
+    if (!style) return "";
+    if (!row.strip) return style.name;
+    const sample = row.edges.findLastIndex((edge) => edge <= this.time + 1e-3);
+    return `${style.name} ${Math.round((100 * (row.strip[sample] ?? 0)) / 255)} %`;
+  }
+
+  // ------------------------------------------------------------------------------------------ moving
+
+  seek(time, reveal = false) {
+    if (!this.clock) return;
+    if (this.player.playing) this.player.pause();
+    this.goTo(this.clock.frameAt(Math.min(Math.max(time, 0), this.clock.end)), reveal);
+  }
+
+  goTo(frame, reveal = true) {
+    this.frame = Math.min(Math.max(frame, 0), this.clock.count - 1);
+    this.time = this.clock.time(this.frame);
+    this.player.show(this.frame);
+    this.timeline.setTime(this.time, reveal);
+    this.showPlace();
+  }
+
+  playedTo(frame) {
+    this.frame = frame;
+    this.time = this.clock.time(frame);
+    this.timeline.setTime(this.time);
+    this.showPlace();
+  }
+
+  stepFrames(by) {
+    if (!this.clock) return;
+    this.player.pause();
+    this.goTo(this.frame + by);
+  }
+
+  stepSeconds(by) {
+    this.seek(this.time + by, true);
+  }
+
+  playOrPause() {
+    if (this.player.playing) {
+      this.player.pause();
+      return;
+    }
+    $("#play").textContent = "Pause";
+    this.player.play();
+  }
+
+  toBorder(step) {
+    if (!this.clock) return;
+    const first = this.timeline.rows[0];
+    const lanes = this.editor && this.intervals.some((one) => one.track === this.track) ? this.ownTimes() : (first?.lanes[0]?.starts ?? []);
+    const times = [...lanes].sort((a, b) => a - b);
+    const frames = times.map((time) => this.clock.frameAt(time));
+    const next = step > 0 ? frames.find((one) => one > this.frame) : frames.findLast((one) => one < this.frame);
+    if (next !== undefined) this.goTo(next);
+  }
+
+  ownTimes() {
+    return I.ofLane(this.intervals, { track: this.track, label: null }).flatMap((one) => [one.start, one.end]);
+  }
+
+  otherVideo(step) {
+    const select = $("#video");
+    const next = select.selectedIndex + step;
+    if (next >= 0 && next < select.options.length) this.open(select.options[next].value);
+  }
+
+  // ------------------------------------------------------------------------------------------ comparing
+
+  // The rows of the track that can be compared: [[key, title, intervals]].
+  get compared() {
+    const found = this.shownRows
+      .map((row, i) => [String(i), row.title, row])
+      .filter(([, , row]) => row.track === I.canonical(this.track) && !row.several);
+    const own = this.editor && !this.several ? [[OWN, this.ownTitle("phase"), null]] : [];
+    return [...own, ...found];
+  }
+
+  chooseCompared() {
+    const rows = this.compared;
+    const options = rows.map(([key, title]) => [key, title]);
+    const truth = rows.find(([, , row]) => row?.source.kind === "truth")?.[0];
+    const hasOwn = this.intervals.some((one) => one.track === this.track);
+    const a = hasOwn ? OWN : (truth ?? options[0]?.[0]);
+    const b = options.map(([key]) => key).find((key) => key !== a && (key !== OWN || hasOwn));
+    const kept = this.comparedTrack === this.track && this.comparedOwn === hasOwn;
+    [this.comparedTrack, this.comparedOwn] = [this.track, hasOwn];
+    fillSelect($("#compare-a"), options, kept ? $("#compare-a").value : a);
+    fillSelect($("#compare-b"), options, kept ? $("#compare-b").value : b);
+  }
+
+  comparedIntervals(key) {
+    const row = this.compared.find(([one]) => one === key)?.[2];
+    if (row) return I.ofLane(intervalsOf({ ...row.source, values: null }, this.track), this.lane);
+    return I.ofLane(this.intervals, this.lane);
+  }
+
+  compare() {
+    const [a, b] = [$("#compare-a").value, $("#compare-b").value];
+    const can = Boolean(this.clock) && a !== "" && b !== "" && a !== b;
+    this.timeline.marks = [];
+    $("#agreement").textContent = "";
+    if (can) {
+      const [one, other] = [this.comparedIntervals(a), this.comparedIntervals(b)];
+      const found = I.differences(one, other, this.clock.end);
+      const common = I.commonSeconds(one, other);
+      const differing = found.reduce((sum, [from, to]) => sum + to - from, 0);
+      this.timeline.marks = found;
+      if (common) {
+        const agree = (100 * (common - differing)) / common;
+        $("#agreement").textContent = `${agree.toFixed(1)} % equal, ${found.length} disagreement${found.length === 1 ? "" : "s"}`;
+      }
+    }
+    $("#next-difference").disabled = $("#previous-difference").disabled = !this.timeline.marks.length;
+    this.timeline.draw();
+  }
+
+  toDifference(step) {
+    const starts = this.timeline.marks.map(([from]) => this.clock.frameAt(from));
+    const next = step > 0 ? starts.findIndex((one) => one > this.frame) : starts.findLastIndex((one) => one < this.frame);
+    if (next < 0) return;
+    const [from, to, one, other] = this.timeline.marks[next];
+    this.goTo(starts[next]);
+    say(`${clockText(from, 1)}, ${durationText(to - from)}: ${one ?? "no label"} and ${other ?? "no label"}`);
+  }
+
+  // ------------------------------------------------------------------------------------------ changing
+
+  get current() {
+    return this.editor ? I.at(this.intervals, this.lane, this.time) : undefined;
+  }
+
+  change(intervals, what) {
+    if (this.editor?.change(intervals, what)) say(what);
+  }
+
+  choose(track, label) {
+    this.track = track;
+    this.label = label;
+    this.settle();
+  }
+
+  nextTrack() {
+    const tracks = Object.keys(this.known ?? {});
+    if (tracks.length > 1) this.choose(tracks[(tracks.indexOf(this.track) + 1) % tracks.length], null);
+  }
+
+  beginClass(name) {
+    if (!this.editor || !this.clock || name === undefined) return;
+    this.label = name;
+    const list = this.several
+      ? I.toggle(this.intervals, this.track, name, this.time, this.clock.end)
+      : I.begin(this.intervals, this.lane, name, this.time, this.clock.end);
+    this.change(list, `${name} at ${clockText(this.time, 2)}`);
+  }
+
+  split() {
+    if (this.current) this.change(I.split(this.intervals, this.current, this.time), `split at ${clockText(this.time, 2)}`);
+  }
+
+  merge(step) {
+    if (this.current) this.change(I.merge(this.intervals, this.lane, this.current, step), "merged");
+  }
+
+  remove() {
+    if (this.current) this.change(I.remove(this.intervals, this.current), `${this.current.label} removed`);
+  }
+
+  accept() {
+    if (this.current) this.change(I.accept(this.intervals, this.current), `${this.current.label} accepted`);
+  }
+
+  chooseClass() {
+    const row = this.editor && panels.markSegment(this.lane, this.time);
+    row?.querySelector("select").focus();
+  }
+
+  // The border before (-1) or after (1) the playhead moves to it.
+  borderHere(side) {
+    if (!this.editor || !this.clock) return;
+    const all = I.borders(this.intervals, this.lane);
+    const border = side < 0 ? all.findLast((one) => one.time <= this.time + 1e-4) : all.find((one) => one.time > this.time + 1e-4);
+    if (border) this.change(this.moved(this.lane, border, this.time), `border at ${clockText(this.time, 2)}`);
+  }
+
+  moved(lane, border, time) {
+    return I.moveBorder(this.editor.intervals, lane, border, time, this.clock.step(border.time), this.clock.end);
+  }
+
+  nearestBorder(row, lane, time) {
+    const all = I.borders(this.editor.intervals, { track: row.track, label: lane.label });
+    return all.reduce((best, one) => (!best || Math.abs(one.time - time) < Math.abs(best.time - time) ? one : best), null);
+  }
+
+  // The page shows the labels as they would be while a border is dragged, and the frame at the border.
+  drag(lane, border, time, done) {
+    const to = this.clock.snap(time);
+    const list = this.moved({ track: this.track, label: lane.label }, border, to);
+    this.preview = done ? null : list;
+    if (done) this.change(list, `border at ${clockText(to, 2)}`);
+    this.goTo(this.clock.frameAt(to), false);
+    this.settleRows();
+  }
+
+  cancelDrag() {
+    this.preview = null;
+    this.settleRows();
+  }
+
+  async addTrack() {
+    const found = await panels.askName("New track", true);
+    if (!found) return;
+    this.added[found.name] ??= { several: found.several, classes: [] };
+    this.choose(found.name, null);
+  }
+
+  async addClass() {
+    const found = await panels.askName(`New class of ${this.track}`, false);
+    if (!found) return;
+    (this.added[this.track] ??= { several: false, classes: [] }).classes.push(found.name);
+    this.settle();
+  }
+
+  async history() {
+    try {
+      await panels.showHistory(this.number, (intervals) => this.change(intervals, "an earlier state"));
+    } catch (error) {
+      problem(error.message);
+    }
+  }
+
+  // ------------------------------------------------------------------------------------------ saving
+
+  saved(text, bad = false) {
+    $("#saved").textContent = text;
+    $("#saved").classList.toggle("bad", bad);
+  }
+
+  told(kind, detail) {
+    if (kind === "changed") this.settle();
+    else if (kind === "saving") this.saved("saving …");
+    else if (kind === "saved") this.saved(`saved ${new Date().toLocaleTimeString()}`);
+    else if (kind === "failed") {
+      this.saved(`NOT saved: ${detail}`, true);
+      setTimeout(() => this.editor?.save(), 3000);
+    } else this.resolve(detail);
+  }
+
+  async resolve({ theirs, mine }) {
+    const { editor } = this;
+    this.saved("not saved: changed elsewhere", true);
+    const choice = await panels.askConflict(theirs, mine);
+    await editor.decide(theirs, choice === "mine");
+    this.settle();
+  }
+}
+
+const app = new App();
+window.surgstage = app; // for tests and for the browser's console
+app.start();
