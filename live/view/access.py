@@ -12,6 +12,7 @@ from http.cookies import CookieError, SimpleCookie
 from urllib.parse import parse_qs, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -29,10 +30,6 @@ _HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
-
-
-class TooLarge(Exception):
-    """The body of a request is larger than `MAX_BODY_BYTES`."""
 
 
 class Guard:
@@ -63,10 +60,7 @@ class Guard:
                     added.append("Set-Cookie", value)
             await send(message)
 
-        try:
-            await self._app(scope, _limited(receive), answer)
-        except TooLarge:
-            await PlainTextResponse("too large\n", 413, _HEADERS)(scope, receive, send)
+        await self._app(scope, _limited(receive), answer)
 
     def _has_key(self, scope: Scope) -> bool:
         """Whether the page itself is asked for with the secret in its address."""
@@ -109,13 +103,14 @@ def _host_name(host: str) -> str | None:
     """Return the name in a Host header; None if it is malformed."""
     try:
         parts = urlsplit(f"//{host}")
+        _ = parts.port  # raises ValueError if it is no number
         return parts.hostname if parts.netloc == host and parts.username is None else None
     except ValueError:
         return None
 
 
 def _limited(receive: Receive) -> Receive:
-    """Return `receive` that raises TooLarge for a body of more than `MAX_BODY_BYTES`."""
+    """Return `receive` that refuses a body of more than `MAX_BODY_BYTES`."""
     received = 0
 
     async def limited() -> Message:
@@ -123,7 +118,7 @@ def _limited(receive: Receive) -> Receive:
         message = await receive()
         received += len(message.get("body", b""))
         if received > MAX_BODY_BYTES:
-            raise TooLarge
+            raise HTTPException(413)
         return message
 
     return limited

@@ -8,6 +8,7 @@ import threading
 import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -21,6 +22,7 @@ from evaluation.reports.gather import RunResults, find_run, gather, recordings
 from features.annotation_files.intervals import DEFAULT_TRACK, clean_text
 from features.dataset.index import Dataset
 from features.ids import id_key
+from live.view.access import Guard
 from live.view.app import Durations, Material, build_app
 from live.view.labels import LabelFolder
 from live.view.rows import OfVideos, RunSource, Source, read_shown
@@ -118,45 +120,55 @@ def _durations(folder: Path) -> list[Durations]:
     return [Durations(folder.resolve().name, name_of.get(name, name), mean_s) for name, mean_s in means.items()]
 
 
+class PageServer:
+    """Serves the page in a thread of its own while the context is open; signals stay with the main thread.
+
+    `address` contains the secret of this start. Raises UserError if the port cannot be used.
+    """
+
+    def __init__(self, material: Material, port: int = 0) -> None:
+        import uvicorn
+
+        secret = secrets.token_urlsafe(24)
+        self._material, self._listening = material, _bound(port)
+        app, self._answers = build_app(material)
+        number = self._listening.getsockname()[1]
+        guarded = Guard(app, secret, f"surgstage-view-{number}")
+        quiet: Any = {"log_config": None, "access_log": False, "server_header": False}
+        more: Any = {"lifespan": "off", "ws": "none", "timeout_graceful_shutdown": 2}
+        self._server = uvicorn.Server(uvicorn.Config(guarded, **quiet, **more))
+        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._listening]}, daemon=True)
+        self.address = f"http://{HOST}:{number}/?key={secret}"
+
+    def wait(self, seconds: float) -> bool:
+        """Wait; return whether the server still runs."""
+        self._thread.join(seconds)
+        return self._thread.is_alive()
+
+    def __enter__(self) -> PageServer:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._answers.stopping = self._server.should_exit = True
+        self._thread.join(5)
+        self._listening.close()
+        for video in self._material.videos:
+            video.close()
+
+
 def serve(material: Material, stop: StopRequest, *, port: int = 0, browser: bool = True) -> None:
     """Serve the page on 127.0.0.1 until `stop` is set; prints the address, and opens the browser.
 
     Raises UserError if the port cannot be used, and StoppedAtOnce when a signal arrives.
     """
-    import uvicorn
-
-    from live.view.access import Guard
-
-    secret = secrets.token_urlsafe(24)
-    listening = _bound(port)
-    app, answers = build_app(material)
-    number = listening.getsockname()[1]
-    config = uvicorn.Config(
-        Guard(app, secret, f"surgstage-view-{number}"),
-        log_config=None,
-        access_log=False,
-        lifespan="off",
-        ws="none",
-        server_header=False,
-        timeout_graceful_shutdown=2,
-    )
-    server = uvicorn.Server(config)
-    # in a thread of its own, since the handlers of signals are this program's, not uvicorn's
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
-    thread.start()
-    address = f"http://{HOST}:{number}/?key={secret}"
-    click.echo(address)
-    say(f"{len(material.videos)} video(s); Ctrl-C ends the viewer")
-    if browser and not webbrowser.open(address):
-        say("note: no browser was found; open the address above")
-    try:
-        while thread.is_alive() and stop.poll() is None:
-            thread.join(0.2)
-    finally:
-        answers.stopping = server.should_exit = True
-        thread.join(5)
-        for video in material.videos:
-            video.close()
+    with PageServer(material, port) as server:
+        click.echo(server.address)
+        say(f"{len(material.videos)} video(s); Ctrl-C ends the viewer")
+        if browser and not webbrowser.open(server.address):
+            say("note: no browser was found; open the address above")
+        while stop.poll() is None and server.wait(0.2):
+            pass
     if stop.number is not None:
         raise StoppedAtOnce(stop.number)
 

@@ -1,18 +1,19 @@
 // The page: what is open, where the playhead is, and what happens when something is pressed.
 
-import { Clock, clockText, durationText } from "./clock.js";
+import { Clock, clockText } from "./clock.js";
+import { Comparison } from "./compare.js";
 import { Editor } from "./editor.js";
 import * as I from "./intervals.js";
 import { listenToKeys } from "./keys.js";
-import { Live } from "./live.js";
+import { LiveView } from "./liveview.js";
 import * as panels from "./panels.js";
-import { $, fillSelect, problem, say } from "./parts.js";
+import { $, fillSelect, make, problem, say } from "./parts.js";
 import { Player } from "./player.js";
 import { classStyles, intervalsOf, ownRow, readValues, sourceRow } from "./rows.js";
 import { bytes, json } from "./server.js";
 import { Timeline } from "./timeline.js";
 
-const OWN = "own";
+const NARROW_PX = 820; // as in view.css
 
 class App {
   async start() {
@@ -26,8 +27,10 @@ class App {
     });
     const parts = { film: $("#film"), picture: $("#picture"), none: $("#no-picture") };
     this.player = new Player(parts, (frame) => this.playedTo(frame), () => ($("#play").textContent = "Play"));
+    this.comparison = new Comparison(this);
     this.added = {}; // tracks and classes that the page has been told: {track: {several, classes}}
     this.listen();
+    this.showOthers(window.innerWidth > NARROW_PX);
     try {
       this.state = await json("/api/state");
     } catch (error) {
@@ -58,8 +61,7 @@ class App {
     on("#zoom-in", () => this.timeline.zoom(2));
     on("#zoom-out", () => this.timeline.zoom(0.5));
     on("#zoom-all", () => this.timeline.all());
-    on("#next-difference", () => this.toDifference(1));
-    on("#previous-difference", () => this.toDifference(-1));
+    on("#other-tracks", () => this.showOthers(!this.othersShown));
     on("#show-help", panels.showHelp);
     on("#show-export", () => panels.showExport(this.state, this.number));
     on("#show-history", () => this.history());
@@ -68,7 +70,6 @@ class App {
     $("#video").addEventListener("change", (event) => this.open(event.target.value));
     $("#track").addEventListener("change", (event) => this.choose(event.target.value, null));
     $("#speed").addEventListener("change", (event) => this.player.setSpeed(Number(event.target.value)));
-    for (const id of ["#compare-a", "#compare-b"]) $(id).addEventListener("change", () => this.compare());
     document.addEventListener("visibilitychange", () => document.hidden || this.refresh());
     window.addEventListener("focus", () => this.refresh());
     window.addEventListener("beforeunload", (event) => this.editor?.dirty && event.preventDefault());
@@ -89,7 +90,7 @@ class App {
     const opening = (this.opening = Symbol(which));
     problem("");
     $("#video").value = which;
-    this.live?.events.close();
+    this.live?.close();
     this.live = null;
     this.player.pause();
     document.body.classList.toggle("live", which === "live");
@@ -100,7 +101,7 @@ class App {
     [this.rows, this.editor, this.preview, this.time, this.frame] = [[], null, null, 0, 0];
     this.saved("");
     if (which === "live") {
-      this.openLive();
+      this.live = new LiveView(this);
       return;
     }
     $("#saved").textContent = "reading the video …";
@@ -143,41 +144,15 @@ class App {
     return editor;
   }
 
-  openLive() {
-    this.live = new Live("stream", () => this.liveNews());
-    this.timeline.follow = true;
-    this.track = "phase";
-    this.liveNews();
-  }
-
-  liveNews() {
-    const { live } = this;
-    const names = { ...live.classes, tool: live.tools };
-    this.styles = classStyles(names);
-    this.timeline.show(live.rows(), this.styles);
-    this.timeline.setEnd(Math.max(live.end, 60), false);
-    this.time = live.end;
-    this.timeline.setTime(live.end, this.timeline.follow);
-    const { last } = live;
-    const phase = last ? live.classes.phase[last.phase] : null;
-    const since = last ? Math.max(last.time - last.since, 0) : 0;
-    $("#where").textContent = "";
-    $("#readout").textContent = last
-      ? `${clockText(last.time)}  ${phase} for ${durationText(since)}, probability ${last.probability.toFixed(2)}, ` +
-        `delay ${Math.round(1000 * last.delay)} ms${live.skipped ? `; ${live.skipped} line(s) could not be read` : ""}`
-      : `waiting for ${this.state.live} …`;
-    if (phase && phase !== this.livePhase) say(`${phase} since ${clockText(last.since)}`);
-    this.livePhase = phase;
-    const now = [["so far", live.seconds("phase")]];
-    panels.showDurations(this.styles.phase ?? [], [...now, ...this.trainingColumns("phase")], phase);
-    fillSelect($("#compare-a"), []);
-    fillSelect($("#compare-b"), []);
-    $("#agreement").textContent = "";
-  }
-
   trainingColumns(track) {
-    const own = this.state.durations.filter((one) => one.track === track);
-    return own.map((one) => [`mean in training (${one.run})`, one.mean_s]);
+    const found = [];
+    for (const one of this.state.durations.filter((each) => each.track === track)) {
+      // runs that were trained on the same videos have the same durations
+      const same = found.find(([, seconds]) => JSON.stringify(seconds) === JSON.stringify(one.mean_s));
+      if (same) same[0] += `, ${one.run}`;
+      else found.push([`mean in training: ${one.run}`, one.mean_s]);
+    }
+    return found;
   }
 
   // ------------------------------------------------------------------------------------------ what is shown
@@ -235,8 +210,7 @@ class App {
     this.settleRows();
     this.showStarts();
     this.showTable();
-    this.chooseCompared();
-    this.compare();
+    this.comparison.choose();
   }
 
   makeRows() {
@@ -249,7 +223,8 @@ class App {
 
   // The rows of the timeline: for each track, truth, one's own labels, and the others; the current track first.
   settleRows() {
-    const tracks = [this.track, ...Object.keys(this.known).filter((one) => one !== this.track)];
+    const others = this.othersShown ? Object.keys(this.known).filter((one) => one !== this.track) : [];
+    const tracks = [this.track, ...others];
     const rows = tracks.flatMap((track) => {
       const of = this.shownRows.filter((row) => row.track === I.canonical(track));
       const truth = of.filter((row) => row.source.kind === "truth");
@@ -259,6 +234,12 @@ class App {
       return [...truth.map(titled), ...own, ...of.filter((row) => row.source.kind !== "truth").map(titled)];
     });
     this.timeline.show(rows, this.styles);
+  }
+
+  showOthers(shown) {
+    this.othersShown = shown;
+    $("#other-tracks").setAttribute("aria-pressed", String(shown));
+    if (this.clock) this.settleRows();
   }
 
   ownTitle(track) {
@@ -291,9 +272,7 @@ class App {
     $("#start-from").hidden = !this.editor || this.intervals.some((one) => one.track === this.track);
     $("#starts").replaceChildren();
     for (const row of rows) {
-      const button = document.createElement("button");
-      button.type = "button";
-      button.textContent = `Start from ${row.title}`;
+      const button = make("button", { type: "button", textContent: `Start from ${row.title}` });
       button.addEventListener("click", () => this.startFrom(row));
       $("#starts").append(button);
     }
@@ -316,7 +295,7 @@ class App {
       const names = row.lanes.map((lane) => this.labelAt(row, lane)).filter(Boolean);
       return `${row.title}: ${names.join(", ") || "–"}`;
     });
-    $("#readout").textContent = parts.join("   ");
+    $("#readout").replaceChildren(...parts.map((text) => make("li", { textContent: text })));
     const slider = $("#timeline");
     slider.setAttribute("aria-valuemax", this.clock.count - 1);
     slider.setAttribute("aria-valuenow", this.frame);
@@ -398,65 +377,6 @@ class App {
     const select = $("#video");
     const next = select.selectedIndex + step;
     if (next >= 0 && next < select.options.length) this.open(select.options[next].value);
-  }
-
-  // ------------------------------------------------------------------------------------------ comparing
-
-  // The rows of the track that can be compared: [[key, title, intervals]].
-  get compared() {
-    const found = this.shownRows
-      .map((row, i) => [String(i), row.title, row])
-      .filter(([, , row]) => row.track === I.canonical(this.track) && !row.several);
-    const own = this.editor && !this.several ? [[OWN, this.ownTitle("phase"), null]] : [];
-    return [...own, ...found];
-  }
-
-  chooseCompared() {
-    const rows = this.compared;
-    const options = rows.map(([key, title]) => [key, title]);
-    const truth = rows.find(([, , row]) => row?.source.kind === "truth")?.[0];
-    const hasOwn = this.intervals.some((one) => one.track === this.track);
-    const a = hasOwn ? OWN : (truth ?? options[0]?.[0]);
-    const b = options.map(([key]) => key).find((key) => key !== a && (key !== OWN || hasOwn));
-    const kept = this.comparedTrack === this.track && this.comparedOwn === hasOwn;
-    [this.comparedTrack, this.comparedOwn] = [this.track, hasOwn];
-    fillSelect($("#compare-a"), options, kept ? $("#compare-a").value : a);
-    fillSelect($("#compare-b"), options, kept ? $("#compare-b").value : b);
-  }
-
-  comparedIntervals(key) {
-    const row = this.compared.find(([one]) => one === key)?.[2];
-    if (row) return I.ofLane(intervalsOf({ ...row.source, values: null }, this.track), this.lane);
-    return I.ofLane(this.intervals, this.lane);
-  }
-
-  compare() {
-    const [a, b] = [$("#compare-a").value, $("#compare-b").value];
-    const can = Boolean(this.clock) && a !== "" && b !== "" && a !== b;
-    this.timeline.marks = [];
-    $("#agreement").textContent = "";
-    if (can) {
-      const [one, other] = [this.comparedIntervals(a), this.comparedIntervals(b)];
-      const found = I.differences(one, other, this.clock.end);
-      const common = I.commonSeconds(one, other);
-      const differing = found.reduce((sum, [from, to]) => sum + to - from, 0);
-      this.timeline.marks = found;
-      if (common) {
-        const agree = (100 * (common - differing)) / common;
-        $("#agreement").textContent = `${agree.toFixed(1)} % equal, ${found.length} disagreement${found.length === 1 ? "" : "s"}`;
-      }
-    }
-    $("#next-difference").disabled = $("#previous-difference").disabled = !this.timeline.marks.length;
-    this.timeline.draw();
-  }
-
-  toDifference(step) {
-    const starts = this.timeline.marks.map(([from]) => this.clock.frameAt(from));
-    const next = step > 0 ? starts.findIndex((one) => one > this.frame) : starts.findLastIndex((one) => one < this.frame);
-    if (next < 0) return;
-    const [from, to, one, other] = this.timeline.marks[next];
-    this.goTo(starts[next]);
-    say(`${clockText(from, 1)}, ${durationText(to - from)}: ${one ?? "no label"} and ${other ?? "no label"}`);
   }
 
   // ------------------------------------------------------------------------------------------ changing

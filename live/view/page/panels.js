@@ -22,6 +22,7 @@ export const KEYS = [
   ["T", "next track"],
   ["D, Shift+D", "next or previous disagreement of the two compared rows"],
   ["+ − F", "zoom in, zoom out, show everything (also Ctrl and the mouse wheel)"],
+  ["O", "show or hide the other tracks"],
   ["N, P", "next or previous video"],
   ["Escape", "stop dragging"],
 ];

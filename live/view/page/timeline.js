@@ -199,11 +199,20 @@ export class Timeline {
       this._values(c, row.edges, row.strip, strip + 1, VALUES_PX - 1, "#5A5A5A");
     }
     c.restore();
-    if (this.left && lanes.length > 1) {
-      c.font = "11px system-ui, sans-serif";
-      c.textAlign = "right";
+    if (lanes.length > 1) this._laneTitles(c, lanes);
+  }
+
+  // On a narrow page, which has no gutter, the titles are on the lanes.
+  _laneTitles(c, lanes) {
+    c.font = "11px system-ui, sans-serif";
+    c.textAlign = this.left ? "right" : "left";
+    for (const { lane, y, height } of lanes) {
+      if (!this.left) {
+        c.fillStyle = "rgb(255 255 255 / 80%)";
+        c.fillRect(0, y + 2, c.measureText(lane.title).width + 6, height - 4);
+      }
       c.fillStyle = "#222";
-      for (const { lane, y, height } of lanes) c.fillText(lane.title, this.left - 6, y + height / 2, 74);
+      c.fillText(lane.title, this.left ? this.left - 6 : 3, y + height / 2, 74);
     }
   }
 
