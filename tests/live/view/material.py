@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,12 @@ def write_case(folder: Path, count: int = FRAMES, **more: Any) -> Path:
 
 
 def material(*videos: Path, **ask: Any) -> Material:
-    """What `view` opens with these videos and options."""
+    """What `view` opens with these videos and options. Its files are closed at the end."""
     given: dict[str, Any] = {"split": "test", "shown": (), "labels": None, "annotator": None, "dataset": None}
-    return open_material(videos, ask.pop("runs", ()), **{**given, "live": None, **ask})
+    opened = open_material(videos, ask.pop("runs", ()), **{**given, "live": None, **ask})
+    for video in opened.videos:
+        atexit.register(video.close)
+    return opened
 
 
 def client(opened: Material, secret: str | None = SECRET) -> TestClient:

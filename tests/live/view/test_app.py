@@ -80,7 +80,8 @@ def test_frames_in_a_folder_keep_their_numbers(tmp_path: Path) -> None:
 
 
 def test_a_damaged_frame_is_told_and_the_others_are_shown(tmp_path: Path) -> None:
-    path = damage_packet(write_case(tmp_path, count=60), 30)
+    large = {"width_px": 320, "height_px": 240, "codec_options": {"crf": "12"}}
+    path = damage_packet(write_case(tmp_path, count=60, **large), 26)
     page = client(material(path))
     answers = {k: page.get(f"/api/videos/0/frames/{k}") for k in (0, 5, *range(24, 40), 59)}
     assert answers[0].status_code == answers[5].status_code == 200
