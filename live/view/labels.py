@@ -9,6 +9,7 @@ other change was made in another tab, by another server, or with an editor.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ from features.ids import file_stem, id_key
 
 HISTORY = "history"
 MAX_INTERVALS = 50_000
-_HISTORY_BYTES = 512 << 20
+_HISTORY_BYTES = 64 << 20  # of one file; a full one is put aside as full/ID-1.jsonl, full/ID-2.jsonl, ...
 NO_FILE = "new"  # the state of a video without a file
 
 
@@ -106,7 +107,10 @@ class LabelFolder:
             return self.read(video)
 
     def history(self, video: str) -> list[dict[str, Any]]:
-        """Return the saved states of a video, oldest first: when, and the intervals. Damaged lines are left out."""
+        """Return the saved states of a video, oldest first: when, and the intervals.
+
+        Damaged lines are left out, and so are files that were put aside because they were full.
+        """
         path = self._history(video)
         if not path.exists():
             return []
@@ -137,12 +141,17 @@ def _append(path: Path, labels: Labels) -> None:
     """Add a line to the history and flush it to the disk."""
     saved = datetime.now(timezone.utc).isoformat(timespec="seconds")
     entry = {"saved": saved, "state": labels.state, "intervals": [interval_json(one) for one in labels.intervals]}
+    line = json.dumps(entry, ensure_ascii=False, separators=(",", ":")).encode()
     try:
+        if path.exists() and path.stat().st_size + len(line) >= _HISTORY_BYTES:
+            numbers = itertools.count(1)
+            full = make_folder(path.parent / "full")
+            path.rename(next(one for n in numbers if not (one := full / f"{path.stem}-{n}.jsonl").exists()))
         new = not make_folder(path.parent).joinpath(path.name).exists()
         with path.open("ab") as stream:
             # the line of a process that was killed may have no end
             stream.write(b"" if new else b"\n")
-            stream.write(json.dumps(entry, ensure_ascii=False, separators=(",", ":")).encode())
+            stream.write(line)
             stream.flush()
             os.fsync(stream.fileno())
     except OSError as error:

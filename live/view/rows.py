@@ -249,24 +249,30 @@ def read_shown(path: Path, specs: Sequence[DataSetSpec], ask: Conversion) -> lis
     `specs` are the data sets whose classes prediction files may have; after them, the known ones are tried. A file in a
     folder that cannot be read is left out with a note. Raises UserError if nothing can be read.
     """
+    files = annotation_files(path, ask)
+    headers = {file: _header(file) for file, kind in files if kind == "csv"}
+    predicted = {file: header for file, header in headers.items() if header[:2] == ["frame", "time_s"]}
     found: list[Source] = []
-    predictions: dict[str, PredictionSource] = {}
     failed: list[UserError] = []
-    for file, kind in annotation_files(path, ask):
+    predictions: dict[str, PredictionSource] = {}
+    for file, header in predicted.items():
         try:
-            header = _header(file) if kind == "csv" else []
-            if header[:2] == ["frame", "time_s"]:
-                spec, track = _fitting(file, header, specs)
-                known = predictions.setdefault(spec.name, PredictionSource(path.stem, spec))
-                by_track = known.files.setdefault(id_key(id_of_stem(file.stem)), {})
-                by_track[track] = read_prediction_csv(file, spec.as_track(track) if track in spec.tracks else spec,
-                                                      track=PHASE if track == DEFAULT_TRACK else track)  # fmt: skip
-            else:
-                content = read_annotation_file(file, kind, ask)
-                found.append(LabelSource(path.name if file == path else file.parent.name, content.videos))
+            spec, track = _fitting(file, header, specs)
+            own, column = (spec, PHASE) if track == DEFAULT_TRACK else (spec.as_track(track), track)
+            known = predictions.setdefault(spec.name, PredictionSource(path.stem, spec))
+            by_track = known.files.setdefault(id_key(id_of_stem(file.stem)), {})
+            by_track[track] = read_prediction_csv(file, own, track=column)
         except UserError as error:
             failed.append(error)
-    found += predictions.values()
+    for file, kind in files:
+        if file in predicted or (kind == "labelstudio" and file.with_suffix(".csv") in predicted):
+            continue  # `predict` writes ID.json beside ID.csv, about how that was made
+        try:
+            content = read_annotation_file(file, kind, ask)
+            found.append(LabelSource(path.name if file == path else file.parent.name, content.videos))
+        except UserError as error:
+            failed.append(error)
+    found += [one for one in predictions.values() if any(one.files.values())]
     if not found:
         raise failed[0] if failed else UserError(f"{path}: has no predictions and no labels")
     for problem in failed:
@@ -275,11 +281,12 @@ def read_shown(path: Path, specs: Sequence[DataSetSpec], ask: Conversion) -> lis
 
 
 def _header(path: Path) -> list[str]:
+    """Return the cells of a table's first line; none if it cannot be read."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
             return next(csv.reader([stream.readline(1 << 16)]), [])
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: cannot be read as a table in UTF-8") from error
+    except (OSError, UnicodeDecodeError, csv.Error):
+        return []  # reading it as a file of labels says what is wrong
 
 
 def _fitting(path: Path, header: Sequence[str], specs: Sequence[DataSetSpec]) -> tuple[DataSetSpec, str]:

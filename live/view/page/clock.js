@@ -1,5 +1,16 @@
 // When the frames of a video are shown, and how times are written.
 
+// The first position at which a rising array is more than `value`.
+export function after(array, value) {
+  let [low, high] = [0, array.length];
+  while (low < high) {
+    const middle = (low + high) >> 1;
+    if (array[middle] > value) high = middle;
+    else low = middle + 1;
+  }
+  return low;
+}
+
 export class Clock {
   // `timing` is {count, fps, end_s, numbers?, edges_s?}: frame k is shown from edges_s[k], or from k / fps.
   constructor(timing) {
@@ -23,13 +34,7 @@ export class Clock {
   frameAt(time) {
     const t = time + 1e-4;
     if (!this.edges) return Math.min(Math.max(Math.floor(t * this.fps), 0), this.count - 1);
-    let [low, high] = [0, this.count - 1];
-    while (low < high) {
-      const middle = (low + high + 1) >> 1;
-      if (this.edges[middle] <= t) low = middle;
-      else high = middle - 1;
-    }
-    return low;
+    return Math.min(Math.max(after(this.edges, t) - 1, 0), this.count - 1);
   }
 
   // The nearest border between two frames.

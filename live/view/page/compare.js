@@ -44,7 +44,7 @@ export class Comparison {
   _intervals(key) {
     const { app } = this;
     const row = this.rows.find(([one]) => one === key)?.[2];
-    return ofLane(row ? intervalsOf({ ...row.source, values: null }, app.track) : app.intervals, app.lane);
+    return ofLane(row ? intervalsOf(row.source, app.track) : app.intervals, app.lane);
   }
 
   show() {

@@ -1,6 +1,6 @@
 // The page: what is open, where the playhead is, and what happens when something is pressed.
 
-import { Clock, clockText } from "./clock.js";
+import { after, Clock, clockText } from "./clock.js";
 import { Comparison } from "./compare.js";
 import { Editor } from "./editor.js";
 import * as I from "./intervals.js";
@@ -10,8 +10,10 @@ import * as panels from "./panels.js";
 import { $, fillSelect, make, problem, say } from "./parts.js";
 import { Player } from "./player.js";
 import { classStyles, intervalsOf, ownRow, readValues, sourceRow } from "./rows.js";
+import { Segments } from "./segments.js";
 import { bytes, json } from "./server.js";
 import { Timeline } from "./timeline.js";
+import { isSeveral, knownClasses } from "./tracks.js";
 
 const NARROW_PX = 820; // as in view.css
 
@@ -28,6 +30,7 @@ class App {
     const parts = { film: $("#film"), picture: $("#picture"), none: $("#no-picture") };
     this.player = new Player(parts, (frame) => this.playedTo(frame), () => ($("#play").textContent = "Play"));
     this.comparison = new Comparison(this);
+    this.segments = new Segments();
     this.added = {}; // tracks and classes that the page has been told: {track: {several, classes}}
     this.listen();
     this.showOthers(window.innerWidth > NARROW_PX);
@@ -166,12 +169,7 @@ class App {
   }
 
   isSeveral(track) {
-    return (
-      I.canonical(track) === "tool" ||
-      Boolean(this.added[track]?.several) ||
-      this.rows.some((row) => row.several && I.canonical(row.track) === I.canonical(track)) ||
-      I.overlaps(this.editor?.intervals ?? [], track)
-    );
+    return isSeveral(track, this.rows, this.editor?.intervals ?? [], this.added);
   }
 
   // The lane that keys and buttons change.
@@ -179,24 +177,10 @@ class App {
     return { track: this.track, label: this.several ? this.label : null };
   }
 
-  // The names of each track's classes: those that the server knows, those of the labels, and those added here.
-  get names() {
-    const found = {};
-    const add = (track, names) => (found[track] ??= []).push(...names.filter((name) => !found[track].includes(name)));
-    const own = this.editor?.intervals ?? [];
-    // one's own labels may be in a track phases or tools
-    const spelled = (track) => own.find((one) => I.canonical(one.track) === track)?.track ?? track;
-    for (const [track, names] of Object.entries(this.state.tracks)) add(spelled(I.canonical(track)), names);
-    for (const row of [...this.rows, ...(this.editor?.others ?? [])]) add(spelled(I.canonical(row.track)), row.classes);
-    for (const one of own) add(one.track, [one.label]);
-    for (const [track, one] of Object.entries(this.added)) add(track, one.classes);
-    if (!Object.keys(found).length) found.phase = [];
-    return found;
-  }
-
   // Bring everything on the page up to date with the labels.
   settle() {
-    this.known = this.names;
+    const others = [...this.rows, ...(this.editor?.others ?? [])];
+    this.known = knownClasses(this.state.tracks, others, this.editor?.intervals ?? [], this.added);
     this.styles = classStyles(this.known);
     const tracks = Object.keys(this.known);
     if (!tracks.includes(this.track)) [this.track, this.label] = [tracks[0], null];
@@ -206,15 +190,21 @@ class App {
     $("#read-only").hidden = can;
     $("#add-track").hidden = $("#add-class").hidden = $("#edits").hidden = !can;
     panels.showClasses(this.styles[this.track], this.several, can, (name) => this.beginClass(name));
-    this.shownRows = this.makeRows();
+    this.shownRows = this.sourceRows();
     this.settleRows();
     this.showStarts();
     this.showTable();
     this.comparison.choose();
   }
 
-  makeRows() {
+  // The rows of others; made anew only when there are other rows or classes, since they can be long.
+  sourceRows() {
     const others = this.editor?.others ?? [];
+    const made = JSON.stringify(this.known);
+    if (this.shownRows && this.madeOf?.[0] === this.rows && this.madeOf[1] === others && this.madeOf[2] === made) {
+      return this.shownRows;
+    }
+    this.madeOf = [this.rows, others, made];
     return [...this.rows, ...others].map((row) => {
       const names = this.known[Object.keys(this.known).find((one) => I.canonical(one) === I.canonical(row.track))] ?? [];
       return { ...sourceRow(row, names), source: row };
@@ -249,14 +239,14 @@ class App {
 
   showTable() {
     const own = I.ofLane(this.intervals, { track: this.track, label: null });
-    panels.showSegments(own, this.styles[this.track], Boolean(this.editor), {
+    this.segments.show(own, this.styles[this.track], Boolean(this.editor), {
       seek: (time) => this.seek(time, true),
       relabel: (one, name) => this.change(I.relabel(this.intervals, this.laneOf(one), one, name), `now ${name}`),
     });
     const columns = [];
     if (own.length) columns.push([this.ownTitle("phase"), panels.secondsOf(own, this.track)]);
     for (const row of this.shownRows.filter((one) => one.track === I.canonical(this.track))) {
-      columns.push([row.title, panels.secondsOf(intervalsOf({ ...row.source, values: null }, this.track), this.track)]);
+      columns.push([row.title, panels.secondsOf(intervalsOf(row.source, this.track), this.track)]);
     }
     panels.showDurations(this.styles[this.track], [...columns, ...this.trainingColumns(I.canonical(this.track))], null);
     this.showPlace();
@@ -300,7 +290,7 @@ class App {
     slider.setAttribute("aria-valuemax", this.clock.count - 1);
     slider.setAttribute("aria-valuenow", this.frame);
     slider.setAttribute("aria-valuetext", `${clockText(this.time, 2)}; ${parts.slice(0, 3).join("; ")}`);
-    panels.markSegment(this.lane, this.time);
+    this.segments.mark(this.lane, this.time);
     const current = this.current;
     for (const id of ["#split", "#merge", "#remove"]) $(id).disabled = !current;
     $("#accept").disabled = current?.confidence === undefined;
@@ -309,11 +299,11 @@ class App {
   }
 
   labelAt(row, lane) {
-    const i = lane.starts.findIndex((start, n) => start <= this.time + 1e-4 && this.time + 1e-4 < lane.ends[n]);
-    const style = i < 0 ? null : this.styles[row.track]?.[lane.numbers[i]];
+    const i = after(lane.starts, this.time + 1e-4) - 1;
+    const style = i >= 0 && this.time + 1e-4 < lane.ends[i] ? this.styles[row.track]?.[lane.numbers[i]] : null;
     if (!style) return "";
     if (!row.strip) return style.name;
-    const sample = row.edges.findLastIndex((edge) => edge <= this.time + 1e-3);
+    const sample = after(row.edges, this.time + 1e-3) - 1;
     return `${style.name} ${Math.round((100 * (row.strip[sample] ?? 0)) / 255)} %`;
   }
 
@@ -426,7 +416,7 @@ class App {
   }
 
   chooseClass() {
-    const row = this.editor && panels.markSegment(this.lane, this.time);
+    const row = this.editor && this.segments.mark(this.lane, this.time);
     row?.querySelector("select").focus();
   }
 

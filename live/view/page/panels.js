@@ -2,7 +2,7 @@
 
 import { clockText, durationText } from "./clock.js";
 import { keyOf, textOn } from "./colours.js";
-import { at, ofLane } from "./intervals.js";
+import { ofLane } from "./intervals.js";
 import { $, fillSelect, make } from "./parts.js";
 import { download, json } from "./server.js";
 
@@ -45,45 +45,6 @@ export function showClasses(styles, several, enabled, pressed) {
     return button;
   });
   $("#classes").replaceChildren(...buttons);
-}
-
-// The table of intervals of the track; `answer` has seek(time), relabel(interval, name).
-export function showSegments(intervals, styles, enabled, answer) {
-  const rows = intervals.map((one) => {
-    const go = make("button", { type: "button", className: "link numbers", textContent: clockText(one.start, 1) });
-    go.addEventListener("click", () => answer.seek(one.start));
-    const choose = make("select", { disabled: !enabled, attributes: { "aria-label": `Label from ${clockText(one.start, 1)}` } });
-    fillSelect(choose, styles.map((style) => [style.name, `${style.number} ${style.name}`]), one.label);
-    choose.addEventListener("change", () => answer.relabel(one, choose.value));
-    const from = one.confidence === undefined ? "person" : `model ${Math.round(100 * one.confidence)} %`;
-    const row = make(
-      "tr",
-      {},
-      make("td", {}, go),
-      make("td", { className: "numbers", textContent: durationText(one.end - one.start) }),
-      make("td", {}, choose),
-      make("td", { textContent: from }),
-    );
-    row.interval = one;
-    return row;
-  });
-  $("#segments tbody").replaceChildren(...rows);
-}
-
-// Mark the row of the interval at the playhead, and keep it in view.
-export function markSegment(lane, time) {
-  let current = null;
-  for (const row of $("#segments tbody").rows) {
-    const on = at([row.interval], { ...lane, label: lane.label && row.interval.label }, time) !== undefined;
-    if (on) row.setAttribute("aria-current", "true");
-    else row.removeAttribute("aria-current");
-    if (on) current ??= row;
-  }
-  const box = $("#segments").parentElement;
-  if (!current || box.contains(document.activeElement)) return current;
-  const [top, height] = [current.offsetTop, current.offsetHeight];
-  if (top < box.scrollTop + 24 || top + height > box.scrollTop + box.clientHeight) box.scrollTop = top - box.clientHeight / 2;
-  return current;
 }
 
 // Seconds per class: of the columns given, [[title, {class: seconds}, is a mean]], and where the operation is now.

@@ -1,5 +1,6 @@
 // Turns labels and predictions into what the timeline draws, and into lists of intervals that can be compared.
 
+import { after } from "./clock.js";
 import { colourOf } from "./colours.js";
 import { canonical, ofLane } from "./intervals.js";
 
@@ -55,19 +56,21 @@ export function sourceRow(row, names) {
 
 // A row of the server as intervals, the start of one's own labels; those of a prediction have its mean probability.
 export function intervalsOf(row, track) {
-  return row.labels.map((label, i) => {
+  if (row.asIntervals?.track === track) return row.asIntervals.list;
+  const list = row.labels.map((label, i) => {
     const one = { track, label: row.classes[label], start: row.spans[2 * i], end: row.spans[2 * i + 1] };
     if (row.kind !== "prediction") return one;
     return { ...one, confidence: meanOf(row, row.several ? row.names.indexOf(one.label) : 0, one) };
   });
+  row.asIntervals = { track, list };
+  return list;
 }
 
 function meanOf(row, which, { start, end }) {
   const values = row.values?.of[which];
   if (!values) return 0.5;
   let [sum, count] = [0, 0];
-  for (let i = 0; i < values.length; i++) {
-    if (row.values.edges[i] < start - 1e-3) continue;
+  for (let i = after(row.values.edges, start - 1e-3); i < values.length; i++) {
     if (row.values.edges[i] >= end - 1e-3) break;
     sum += values[i];
     count += 1;

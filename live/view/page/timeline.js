@@ -1,7 +1,7 @@
 // The timeline: ribbons over time on a canvas, of which only what is visible is drawn, so that the length of the
 // operation does not matter. What it shows is also in the table of intervals and in the readout, as text.
 
-import { clockText } from "./clock.js";
+import { after, clockText } from "./clock.js";
 import { textOn } from "./colours.js";
 
 const AXIS_PX = 22;
@@ -18,17 +18,6 @@ const GUTTER_PX = 168;
 const REACH_PX = { mouse: 6, pen: 10, touch: 18 };
 const LEAST_S = 0.5;
 const STEPS_S = [0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14400];
-
-// The first position at which `array` is more than `value`.
-export function after(array, value) {
-  let [low, high] = [0, array.length];
-  while (low < high) {
-    const middle = (low + high) >> 1;
-    if (array[middle] > value) high = middle;
-    else low = middle + 1;
-  }
-  return low;
-}
 
 export class Timeline {
   // `answer` has seek(time, done), border(row, lane, time) -> border or null, drag(row, lane, border, time, done) and

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from starlette.testclient import TestClient
 from live.view.access import Guard
 from live.view.app import Material, build_app
 from live.view.serve import open_material
-from tests.videos import VideoSpec, write_video
+from tests.videos import VideoSpec, repeat_video, write_video
 
 SECRET, COOKIE = "correct-secret", "view-cookie"
 HOST = "http://127.0.0.1:8000"
@@ -45,3 +46,12 @@ def client(opened: Material, secret: str | None = SECRET) -> TestClient:
     if secret is not None:
         found.cookies.set(COOKIE, secret)
     return found
+
+
+def repeated_video(path: Path, fps: int, hours: float) -> tuple[Path, int]:
+    """A video of so many hours, in which 60 frames follow each other again and again; and its number of frames."""
+    times = round(hours * 3600 * fps / 60)
+    short = write_video(path.with_name(f"short-{path.name}"), VideoSpec(count=60, fps=Fraction(fps), b_frames=0))
+    repeat_video(short, path, times)
+    short.unlink()
+    return path, 60 * times
