@@ -103,6 +103,7 @@ bench: $(STAMP) ## measure what docs/performance.md quotes and needs no data of 
 	$(BIN)/python benchmarks/encoders.py --json artifacts/bench/encoders.json
 	$(BIN)/python benchmarks/instruction_sets.py --json artifacts/bench/instruction_sets.json
 	$(BIN)/python benchmarks/report.py --json artifacts/bench/report.json
+	$(BIN)/python benchmarks/view.py --json artifacts/bench/view.json
 
 # On the machine with the GPU; `benchmarks/gpu/gpu_check.sh prepare` collects what a machine without internet lacks.
 gpu-check: $(STAMP) ## correctness and speed on a GPU, figure by figure (STEPS="lstm resume"; REHEARSE=1 for the CPU)

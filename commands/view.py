@@ -13,7 +13,7 @@ from configs.errors import UserError
 
 
 @click.command()
-@click.argument("videos", nargs=-1, type=PATH, metavar="[VIDEO]...")
+@click.argument("sources", nargs=-1, type=PATH, metavar="[VIDEO]...")
 @click.option("--run", "runs", multiple=True, type=PATH, metavar="RUN", help="Show an evaluated run. Repeatable.")
 @click.option("--split", default="test", help="Evaluation to show: the name of a folder in RUN/evaluate.")
 @click.option(
@@ -33,7 +33,7 @@ from configs.errors import UserError
 @click.option("--live", type=FILE, metavar="FILE", help="Follow the file that `stream --jsonl FILE` writes.")
 @click.option("--port", default=0, type=click.IntRange(0, 65535), help="Port on 127.0.0.1. 0: any that is free.")
 @click.option("--no-browser", is_flag=True, help="Only print the address.")
-def view(videos: tuple[Path, ...], runs: tuple[Path, ...], port: int, no_browser: bool, **ask: Any) -> None:
+def view(sources: tuple[Path, ...], runs: tuple[Path, ...], port: int, no_browser: bool, **ask: Any) -> None:
     """Look at videos with labels and predictions in a browser, and correct labels.
 
     VIDEO is a video file, a folder of frames, or a folder of videos; without it, the videos of RUN are opened. The page
@@ -52,6 +52,6 @@ def view(videos: tuple[Path, ...], runs: tuple[Path, ...], port: int, no_browser
         options.refuse("no --labels", options.given("annotator"))
     from live.view.serve import open_material, serve
 
-    material = open_material(videos, runs, **ask)
+    material = open_material(sources, runs, **ask)
     with options.watch_signals() as stop:
         serve(material, stop, port=port, browser=not no_browser)

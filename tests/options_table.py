@@ -61,7 +61,7 @@ IMPORTING = {
     "--key": "features",
     "--encoder": "resnet50 of fold 1",
 }
-POSITIONAL = {"models", "arguments"}  # arguments of any number
+POSITIONAL = {"models", "arguments", "sources"}  # arguments of any number
 INTRODUCTION = """# Options
 
 The effect of each option in each mode of a command: it has one (`yes`), is `refused` in one line with exit code 2, or
@@ -89,6 +89,9 @@ class Mode:
     does: dict[str, str] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
 
+
+VIEW = {"--show": "x.csv", "--dataset": "x", "--live": "x.jsonl", "--port": "8800", "--no-browser": ""}
+VIEWING = ("live.view.serve:open_material", "live.view.serve:serve")
 
 MODES = [
     Mode("config show", "always", [], ("configs.load:to_yaml",), SETTINGS),
@@ -582,6 +585,30 @@ MODES = [
         ("interop.annotations:convert_files",),
         {**{option: value for option, value in CONVERT.items() if option != "--fps"}, "--media": "x"},
         {"--fps": "25"},
+    ),
+    Mode(
+        "view",
+        "to look",
+        ["v.mp4"],
+        VIEWING,
+        {**VIEW, "--run": "a", "--labels": "x"},
+        {"--split": "val", "--annotator": "anna"},
+    ),
+    Mode(
+        "view",
+        "--run",
+        ["--run", "a"],
+        VIEWING,
+        {**VIEW, "--split": "val", "--labels": "x"},
+        {"--annotator": "anna"},
+    ),
+    Mode(
+        "view",
+        "--labels",
+        ["v.mp4", "--labels", "x"],
+        VIEWING,
+        {**VIEW, "--annotator": "anna", "--run": "a"},
+        {"--split": "val"},
     ),
     Mode(
         "annotations review",

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from axe_playwright_python.sync_playwright import Axe
@@ -16,7 +19,7 @@ from axe_playwright_python.sync_playwright import Axe
 from features.annotation_files.table import read_csv
 from live.view.app import Durations, Material
 from live.view.videos import Timing
-from tests.cli import succeed
+from tests.cli import run, start_fresh, succeed
 from tests.live.view.browsing import Tab
 from tests.live.view.material import LABELS, material, repeated_video, write_case
 from tests.live.view.test_following import line
@@ -434,6 +437,34 @@ def test_every_control_can_be_reached_and_used_without_a_mouse(open_tab: Open, m
     wanted |= {"track", "split", "merge", "undo"}
     assert wanted <= reached
     assert any("ClippingCutting" in one for one in reached)
+
+
+def test_the_command_serves_until_a_signal_and_refuses_in_one_line(case: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    command = start_fresh(["view", str(case), "--no-browser"], tmp_path, log)
+    try:
+        limit = time.monotonic() + 60
+        while "http" not in (text := log.read_text()) and time.monotonic() < limit:
+            time.sleep(0.05)
+        address = text.split()[0]
+        assert httpx.get(address).status_code == 200
+        assert httpx.get(address.partition("?")[0]).status_code == 403
+        port = address.partition("?")[0].rstrip("/").rpartition(":")[2]
+        for words, reason in (
+            ([], "nothing to open"),
+            ([case, "--port", port], f"--port {port}: cannot be used"),
+            ([tmp_path / "missing.mp4"], "no such video"),
+            ([case, "--labels", log], "is not a folder"),
+            ([case, "--run", tmp_path / "missing"], "no such run"),
+        ):
+            refused = run(["view", "--no-browser", *words], tmp_path)
+            assert (refused.returncode, refused.stderr.count("\n")) == (2, 1), refused.stderr
+            assert reason in refused.stderr
+        command.send(signal.SIGTERM, group=False)
+        assert command.wait(20) == 75
+    finally:
+        command.end()
+    assert "Traceback" not in log.read_text()
 
 
 def test_without_the_key_there_is_nothing(chromium: Any, mine: Material) -> None:

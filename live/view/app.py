@@ -7,7 +7,7 @@ import json
 import zipfile
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ class Material:
             self._rows[number] = all_rows(self.sources, self.video(number).entry)
         return self._rows[number]
 
-    @cached_property
+    @property
     def tracks(self) -> dict[str, list[str]]:
         """The classes of each track: those of the data set, of the sources and of all labels in the folder."""
         found: dict[str, dict[str, None]] = {}

@@ -1,6 +1,7 @@
 // The page: what is open, where the playhead is, and what happens when something is pressed.
 
 import { after, Clock, clockText } from "./clock.js";
+import { listenToButtons } from "./buttons.js";
 import { Comparison } from "./compare.js";
 import { Editor } from "./editor.js";
 import * as I from "./intervals.js";
@@ -47,29 +48,7 @@ class App {
   }
 
   listen() {
-    const on = (id, does) => $(id).addEventListener("click", does);
-    on("#back", () => this.stepFrames(-1));
-    on("#on", () => this.stepFrames(1));
-    on("#back-second", () => this.stepSeconds(-1));
-    on("#on-second", () => this.stepSeconds(1));
-    on("#play", () => this.playOrPause());
-    on("#split", () => this.split());
-    on("#begin-here", () => this.borderHere(-1));
-    on("#end-here", () => this.borderHere(1));
-    on("#merge", () => this.merge(1));
-    on("#remove", () => this.remove());
-    on("#accept", () => this.accept());
-    on("#undo", () => this.editor?.undo());
-    on("#redo", () => this.editor?.redo());
-    on("#zoom-in", () => this.timeline.zoom(2));
-    on("#zoom-out", () => this.timeline.zoom(0.5));
-    on("#zoom-all", () => this.timeline.all());
-    on("#other-tracks", () => this.showOthers(!this.othersShown));
-    on("#show-help", panels.showHelp);
-    on("#show-export", () => panels.showExport(this.state, this.number));
-    on("#show-history", () => this.history());
-    on("#add-track", () => this.addTrack());
-    on("#add-class", () => this.addClass());
+    listenToButtons(this);
     $("#video").addEventListener("change", (event) => this.open(event.target.value));
     $("#track").addEventListener("change", (event) => this.choose(event.target.value, null));
     $("#speed").addEventListener("change", (event) => this.player.setSpeed(Number(event.target.value)));

@@ -201,6 +201,7 @@ def test_predictions_and_labels_of_files_are_shown(tmp_path: Path) -> None:
     header += "p_GallbladderDissection,p_GallbladderPackaging,p_CleaningCoagulation,p_GallbladderRetraction"
     rows = ["0,0.000,0,Preparation,0.9,0.1,0,0,0,0,0", "25,1.000,1,CalotTriangleDissection,0.2,0.8,0,0,0,0,0"]
     (tmp_path / "predicted").mkdir()
+    (tmp_path / "predicted/case.json").write_text("{}")  # how it was made
     (tmp_path / "predicted/case.csv").write_text("\n".join([header, *rows]) + "\n")
     (tmp_path / "theirs.csv").write_text(LABELS)
     (tmp_path / "case-phase.txt").write_text("Frame\tPhase\n0\tPreparation\n25\tClippingCutting\n")
