@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-joint reproduce-cholec80 test test-slurm fast fuzz torture lint types bench gpu-check clean
+.PHONY: help install demo demo-joint reproduce-cholec80 test test-view test-slurm fast fuzz torture lint types bench gpu-check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -53,8 +53,13 @@ endif
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
-test: $(STAMP) lint types ## install, lint, type-check, run every test
-	$(PYTEST)
+IN_BROWSER := tests/test_view_browser.py
+
+test: $(STAMP) lint types ## install, lint, type-check, run every test but those of the next two
+	$(PYTEST) --ignore $(IN_BROWSER)
+
+test-view: $(STAMP) ## test the viewer in a real browser (Chromium)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(IN_BROWSER)
 
 test-slurm: $(STAMP) ## test jobs on a real Slurm of one node, installed if missing (YES=1 or CI=true consents)
 	$(BIN)/python tests/slurm/run.py $(if $(YES),--yes)
