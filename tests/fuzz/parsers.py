@@ -26,7 +26,7 @@ import numpy as np
 from configs.errors import UserError
 from configs.load import load_ablation, load_config, load_dataset, load_mapping
 from configs.schema import CacheConfig, PreprocessConfig
-from tests.fuzz import described
+from tests.fuzz import described, viewed
 
 Read = Callable[[Path], object]
 SPEC = load_dataset("cholec80")
@@ -887,6 +887,13 @@ PARSERS: dict[str, Parser] = {
     ),
     "truth.json": Parser("truth.json", _plainly(_read_truth), _truth_seeds, _JSON_WORDS, _JSON_MARKS),
     "metrics.jsonl": Parser("metrics.jsonl", _plainly(_read_metrics), _metrics_seeds, _JSON_WORDS, _JSON_MARKS),
+    "lines of stream": Parser("live.jsonl", _plainly(viewed.read_lines), viewed.line_seeds, _JSON_WORDS, _JSON_MARKS),
+    "history of labels": Parser(
+        "op.jsonl", _plainly(viewed.read_history), viewed.history_seeds, _JSON_WORDS, _JSON_MARKS
+    ),
+    "labels from the page": Parser(
+        "sent.json", _plainly(viewed.read_sent), viewed.sent_seeds, _JSON_WORDS, _JSON_MARKS
+    ),
     "feature file": Parser("video01.h5", _plainly(_read_feature_file), _feature_seeds),
     "frame cache": Parser("cached.h5", _read_cache, _cache_seeds),
     "image": Parser("1.png", _plainly(_read_image), _image_seeds, mend=mend_png),
