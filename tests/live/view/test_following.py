@@ -7,11 +7,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.errors import UserError
+from configs.label_source import LabelSource, TrackSpec
+from configs.load import load_dataset
+from live.outputs import to_line
+from live.recogniser import Recognition, TrackRecognition
 from live.view.following import MAX_LINE_BYTES, Follower
 
 
@@ -40,6 +45,23 @@ def test_lines_are_told_once_and_only_when_they_are_whole(tmp_path: Path) -> Non
     assert news is not None
     assert [(row[0], row[3], row[6]) for row in news.rows] == [(1.0, 1, {}), (2.0, 2, {"step": [0, 1.0]})]
     assert news.classes == {"phase": ["A", "B", "C"], "step": ["s"]}
+
+
+def test_what_stream_writes_is_read_with_all_its_tracks(tmp_path: Path) -> None:
+    steps = {"steps": TrackSpec(classes=("cut", "sew"))}
+    described = {"tracks": steps, "labels": {"steps": LabelSource(files="(?P<id>x)")}}
+    spec = load_dataset("cholec80").model_copy(update=described)
+    chosen = np.array([0.5, 0.5, *[0.0] * 5], np.float32)
+    phase = TrackRecognition(1, spec.phases[1], 3.0, chosen)
+    step = TrackRecognition(1, "sew", 4.0, np.array([0.25, 0.75], np.float32))
+    found = Recognition(100, 4.0, phase, np.full(7, 0.125, np.float32), 0.0, {"steps": step})
+    path = tmp_path / "live.jsonl"
+    path.write_text(to_line(found, spec, 0.25), encoding="utf-8")
+    news = Follower(path).read()
+    assert news is not None
+    assert news.rows == [[4.0, 3.0, 0.25, 1, 0.5, [0.125] * 7, {"steps": [1, 0.75]}]]
+    assert news.classes == {"phase": list(spec.phases), "steps": ["cut", "sew"]}
+    assert (news.tools, news.skipped) == (list(spec.tools), 0)
 
 
 def test_an_operation_that_starts_again_replaces_the_one_before(tmp_path: Path) -> None:
