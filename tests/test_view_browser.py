@@ -97,6 +97,7 @@ def test_keys_step_frame_by_frame_and_playing_stops_on_an_exact_frame(open_tab: 
     tab.until(lambda: tab.frame > 20)
     assert tab.page.evaluate("surgstage.player.canPlay")  # Chromium plays it itself
     tab.page.get_by_role("button", name="Pause").click()
+    assert tab.page.evaluate("document.activeElement.id") == "timeline"  # so that the space bar plays again
     assert tab.picture() == tab.frame
     assert tab.page.locator("#edits").is_hidden()
 
@@ -169,6 +170,7 @@ def test_labels_are_made_and_changed_with_keys_alone(open_tab: Open, mine: Mater
     tab.press("Control+z", "Control+y", "Control+z")
     tab.press("r")  # the class of the interval at the playhead, in the table
     tab.page.locator("#segments select:focus").select_option(one)
+    assert tab.page.evaluate("document.activeElement.value") == one  # the table has changed, the focus has not
     assert tab.labels == [(one, 0, 4.4), (two, 4.4, 6), (one, 6, 7.6), (three, 7.6, 10)]
     tab.saved()
     assert [(label, start, end) for _, label, start, end in on_disk(tmp_path)] == tab.labels

@@ -4,6 +4,11 @@ import { showExport, showHelp } from "./panels.js";
 import { $ } from "./parts.js";
 
 export function listenToButtons(app) {
+  // after a click of the mouse, keys are for the timeline: the space bar plays, and does not press the button again
+  document.addEventListener("click", (event) => {
+    const button = event.target.closest?.("main button");
+    if (event.detail && button && !document.querySelector("dialog[open]")) $("#timeline").focus({ preventScroll: true });
+  });
   const on = (id, does) => $(id).addEventListener("click", does);
   on("#back", () => app.stepFrames(-1));
   on("#on", () => app.stepFrames(1));

@@ -81,6 +81,7 @@ class App {
     this.number = which;
     this.clock = null; // nothing can be changed until the video is there
     [this.rows, this.editor, this.preview, this.time, this.frame] = [[], null, null, 0, 0];
+    this.timeline.show([], {});
     this.saved("");
     if (which === "live") {
       this.live = new LiveView(this);
@@ -93,7 +94,6 @@ class App {
       if (this.opening !== opening) return;
       problem(error.message);
       this.saved("");
-      this.timeline.show([], {});
     }
   }
 
@@ -320,6 +320,7 @@ class App {
   }
 
   playOrPause() {
+    if (!this.clock) return;
     if (this.player.playing) {
       this.player.pause();
       return;

@@ -35,6 +35,9 @@ export function showHelp() {
 
 // One button per class; `pressed(name)` is called for it.
 export function showClasses(styles, several, enabled, pressed) {
+  const made = JSON.stringify([styles, several, enabled]);
+  if ($("#classes").dataset.made === made) return; // they keep the focus
+  $("#classes").dataset.made = made;
   const buttons = styles.map((style, i) => {
     const swatch = make("span", { className: "swatch", textContent: keyOf(i) || String(style.number) });
     swatch.style.background = style.colour;

@@ -16,6 +16,9 @@ export class Segments {
   show(intervals, styles, enabled, answer) {
     Object.assign(this, { intervals, styles, enabled, answer });
     this.first = null;
+    // the row of a person who has just chosen a class there keeps the focus
+    const chosen = this.body.contains(document.activeElement) && document.activeElement.closest("tr").interval;
+    this.focused = chosen ? chosen.start : null;
   }
 
   // Mark the row of the interval at a time, keep it in view, and return it.
@@ -53,6 +56,9 @@ export class Segments {
     if (this.first) rows.unshift(this._more(`${this.first} more before`));
     if (rest > 0) rows.push(this._more(`${rest} more after`));
     this.body.replaceChildren(...rows);
+    const focused = rows.find((row) => row.interval?.start === this.focused);
+    if (this.focused !== null) focused?.querySelector("select").focus();
+    this.focused = null;
   }
 
   _more(textContent) {

@@ -12,6 +12,8 @@ from live.view.app import Material
 from live.view.serve import PageServer
 from tests.videos import frame_number
 
+LIMIT_S = 120.0  # the machine may be busy
+
 # The picture as pixels, once it is that of the playhead.
 _PIXELS = """() => {
     const { player } = surgstage;
@@ -34,7 +36,7 @@ class Tab:
         self.strangers: list[str] = []
         self.page = context.new_page()
         self.page.set_viewport_size({"width": width_px, "height": height_px})
-        self.page.set_default_timeout(20_000)
+        self.page.set_default_timeout(1000 * LIMIT_S)
         self.page.on("console", lambda message: self._said(message.type, message.text))
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         own = server.address.partition("?")[0]
@@ -49,7 +51,7 @@ class Tab:
 
     def until(self, holds: Callable[[], Any]) -> Any:
         """Wait until something holds, and return it. (The page's policy forbids Playwright's own waiting.)"""
-        limit = time.monotonic() + 20
+        limit = time.monotonic() + LIMIT_S
         while not (found := holds()):
             assert time.monotonic() < limit, f"still waiting; {self.complaints}"
             self.page.wait_for_timeout(10)
