@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -22,9 +24,9 @@ from features.dataset.sampling import sampled_frames
 from features.frames.preprocess import crop_frames, normalise
 from features.frames.source import source_frames
 from pipeline import cli
-from tests.cli import Forks, succeed
+from tests.cli import PROJECT, Forks, succeed
 from tests.live.material import SPEC, settings, write_stages
-from tests.live.sources.serving import tcp_server
+from tests.live.sources.serving import free_port, tcp_server
 from tests.videos import VideoSpec, damage_packet, variable_rate, write_video
 
 SECONDS = 24
@@ -215,3 +217,17 @@ def test_a_stream_from_the_network_is_recognised_until_it_stays_away_and_continu
         times_s = [one["time_s"] for one in found]
         assert times_s == sorted(times_s)
     assert times_s[-1] > 4  # the time between the two is part of it
+
+
+def test_a_stream_by_udp_is_recognised_while_another_process_sends_it(here: Path) -> None:
+    write_video(here / "sent.ts", VideoSpec(count=80, gop=5, b_frames=0))
+    port = free_port()
+    sender = [sys.executable, "-m", "tests.live.sources.serving", str(here / "sent.ts"), str(port), "3.2"]
+    with subprocess.Popen(sender, cwd=PROJECT) as process:
+        done = CliRunner().invoke(cli, [*STREAM, f"udp://127.0.0.1:{port}", "--give-up", "1", "--report", "udp.json"])
+        process.kill()
+    assert done.exit_code == 1, done.output
+    found, report = lines(done.stdout), json.loads((here / "udp.json").read_text())
+    assert 1 <= len(found) == report["recognised"] == report["sampled"] - report["dropped"]
+    assert all(0 < one["delay_s"] < 60 for one in found)
+    assert report["frames"] > 10
