@@ -178,7 +178,7 @@ class Search:
     def _settings(self, index: Path, *more: str) -> list[str]:
         options = self.options
         own = [f"data.root={options.root}", f"runs={options.runs}", f"data.index={index}"]
-        return [*own, "temporal.decoding.mode=none", *options.set, *more]  # --decoding chooses others
+        return [*own, *options.set, *more]
 
 
 def main() -> None:
