@@ -30,8 +30,8 @@ HOURS, LABELS, REPEATS = 3, 200, 30
 ACTIONS = {
     "step to the next frame, until drawn": "app.stepFrames(1)",
     "go anywhere, until drawn": "app.goTo(Math.floor(Math.random() * app.clock.count))",
-    "begin a class": "app.beginClass(app.known.phase[Math.floor(Math.random() * 7)])",
-    "drag a border by one frame": "app.goTo(1000 + i), app.borderHere(1)",
+    "begin a class": "app.beginClass(app.known.phase[i % 7])",
+    "move a border to another frame": "app.goTo(1000 + i), app.borderHere(1)",
     "undo": "app.editor.undo()",
     "zoom": "app.timeline.zoom(i % 2 ? 4 : 0.25)",
     "next disagreement": "app.comparison.go(1)",
