@@ -216,7 +216,7 @@ def test_a_stream_from_the_network_is_recognised_until_it_stays_away_and_continu
         assert [one["frame"] for one in found] == sorted({one["frame"] for one in found})
         times_s = [one["time_s"] for one in found]
         assert times_s == sorted(times_s)
-    assert times_s[-1] > 4  # the time between the two is part of it
+    assert times_s[-1] > 3  # the first one ends at 2 s, and the time between the two is part of it
 
 
 def test_a_stream_by_udp_is_recognised_while_another_process_sends_it(here: Path) -> None:
