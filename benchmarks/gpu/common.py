@@ -182,6 +182,11 @@ def base(data: str, *more: str) -> list[str]:
     ]
 
 
+def base_of_features(data: str, *more: str) -> list[str]:
+    """The same for stage two on features that are not of this data set, and so have splits of their own."""
+    return [one for one in base(data, *more) if not one.startswith("data.split.")]
+
+
 def make_clip(path: Path) -> None:
     """Write a clip: about 23 s of a simulated operation, 854x480 at 25 fps, H.264."""
     place = path.parent / "clip-tmp"

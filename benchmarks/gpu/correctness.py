@@ -25,6 +25,7 @@ from common import (
     VIDEOS,
     WORK,
     base,
+    base_of_features,
     figure,
     pipeline,
     run,
@@ -338,7 +339,7 @@ def resume() -> None:
 def resume_temporal() -> None:
     """The same as `resume`, for stage two, which is trained on chunks."""
     chosen = [
-        *base("data"),
+        *base_of_features("data"),
         "temporal.sequence.mode=chunked",
         "temporal.sequence.frames=64",
         "temporal.epochs=4",
@@ -426,7 +427,7 @@ def half() -> None:
     small_base = [*base("data"), "cnn.backbone=resnet18"]
     pipeline("train-cnn", "--name", "half", *settings(*small_base, *stage_one), timeout=120)
     features_of = ["--features", str(WORK / "random_features")]
-    chosen = settings(*base("data"), *stage_two, "temporal.sequence.batch=8")
+    chosen = settings(*base_of_features("data"), *stage_two, "temporal.sequence.batch=8")
     pipeline("train-temporal", "--name", "half", *features_of, *chosen, timeout=120)
     pipeline("train-joint", "--config", "mtrcnet", "--name", "half", *settings(*small_base, *both), timeout=120)
     for stage in ("cnn", "temporal", "joint/multitask"):

@@ -23,6 +23,7 @@ from common import (
     WORK,
     Watch,
     base,
+    base_of_features,
     figure,
     make_clip,
     pipeline,
@@ -138,7 +139,7 @@ def stage_two() -> None:
     ]
     for name, more in variants[-2:] if REHEARSE else variants:
         tag = "t-" + "".join(mark for mark in name if mark.isalnum())
-        chosen = [*base("data"), f"temporal.epochs={epochs}", "temporal.baseline=false", *more]
+        chosen = [*base_of_features("data"), f"temporal.epochs={epochs}", "temporal.baseline=false", *more]
         with Watch() as watch:
             pipeline(
                 "train-temporal",
@@ -397,7 +398,7 @@ def waits() -> None:
     pipeline("train-cnn", "--name", "waits", *settings(*chosen), timed=WORK / "waits.json", timeout=30)
     found = json.loads((WORK / "waits.json").read_text())["waits"]
     figure("train-cnn: waits for the GPU in 20 steps", sum(found.values()), 0, where=found)
-    chosen = [*base("data"), "temporal.epochs=1", "temporal.baseline=false"]
+    chosen = [*base_of_features("data"), "temporal.epochs=1", "temporal.baseline=false"]
     pipeline(
         "train-temporal",
         "--name",
@@ -415,7 +416,7 @@ def waits() -> None:
 def together() -> None:
     """Compare four trainings of stage two on one GPU at the same time, as `ablate` starts them, with a single one."""
     words = ["train-temporal", "--features", str(WORK / "random_features")]
-    chosen = [*base("data"), "temporal.epochs=2", "temporal.baseline=false"]
+    chosen = [*base_of_features("data"), "temporal.epochs=2", "temporal.baseline=false"]
     start = [sys.executable, str(ROOT / "pipeline.py"), *words, *settings(*chosen), "--name"]
     quiet: dict[str, Any] = {"cwd": ROOT, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     seconds = {}
