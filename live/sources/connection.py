@@ -25,7 +25,7 @@ _OPTIONS = {
     "rtsps": {"rtsp_transport": "tcp"},
 }
 OPEN_S, READ_S = 10.0, 5.0  # how long a connection may take, and a frame may stay away, before it counts as lost
-_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 15.0
+FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 15.0
 _LONGEST_DAMAGE_S = 10.0
 
 
@@ -70,12 +70,12 @@ class ConnectedSource(Source):
         super().__init__(shown_address(place.address), live=True, endless=True)
 
     def frames(self, begin: Begin, stop: threading.Event) -> Iterator[Grabbed]:
-        clock, number, latest, wait_s = StreamClock(begin.time_s), begin.number, time.monotonic(), _FIRST_WAIT_S
+        clock, number, latest, wait_s = StreamClock(begin.time_s), begin.number, time.monotonic(), FIRST_WAIT_S
         while not stop.is_set():
             reason = "has ended"
             try:
                 for frame, picture, arrived, decode_s in self._connected(stop):
-                    latest, wait_s = time.monotonic(), _FIRST_WAIT_S
+                    latest, wait_s = time.monotonic(), FIRST_WAIT_S
                     stamp_s = None if frame.pts is None else float(frame.pts * frame.time_base)
                     time_s = clock.time_s(stamp_s, latest)
                     self.faults.clock_leaps = clock.leaps

@@ -31,7 +31,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sources that lose patience after tenths of a second."""
     monkeypatch.setattr(connection, "READ_S", 0.4)
-    monkeypatch.setattr(connection, "_FIRST_WAIT_S", 0.05)
+    monkeypatch.setattr(connection, "FIRST_WAIT_S", 0.05)
 
 
 def grabbed(source: ConnectedSource, most: int = 10_000) -> tuple[list[Grabbed], str]:
