@@ -1,4 +1,4 @@
-"""How long the viewer's page takes to answer keys and the mouse, in a three-hour operation at 1 and 25 frames a second.
+"""How long the viewer's page takes to answer keys and the mouse, in a three-hour operation at 1 and 25 fps.
 
 Times are from an event until the page has drawn what follows from it (and, where it says so, until the frame is on the
 page), in a headless Chromium on this machine. The operation has 200 labels, a prediction that changes every two

@@ -106,7 +106,7 @@ class _Outputs:
             self._inputs.write(resized)
 
     def write(self, one: Recognition, delay_s: float) -> None:
-        """Write a recognition. Raises UserError if nobody reads standard output any more."""
+        """Write a recognition. Raises UserError if standard output has been closed by its reader."""
         line = to_line(one, self._spec, delay_s)
         try:
             sys.stdout.write(line)

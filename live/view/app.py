@@ -143,7 +143,7 @@ class Answers:
         return JSONResponse(self._shown(self._folder().read(video.id)))
 
     async def save(self, request: Request) -> Response:
-        """Replace one's own labels of a video, if nobody else has changed them."""
+        """Replace one's own labels of a video, unless they have been changed elsewhere."""
         video, folder, who = self._of.video(_number(request, "video")), self._folder(), self._of.annotator
         try:
             given = json.loads(await request.body())

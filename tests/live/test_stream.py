@@ -118,7 +118,7 @@ def test_a_video_with_uneven_times_gives_the_frames_of_predict(here: Path) -> No
 
 @pytest.fixture(scope="module")
 def whole(place: Path, forks: Forks) -> dict[str, str]:
-    """What a stream writes that nobody stops."""
+    """What an uninterrupted stream writes."""
     files = ["--jsonl", "whole.jsonl", "--csv", "whole.csv"]
     done = forks.complete([*STREAM, "case.mp4", "--speed", "max", *CAUSAL, *files], place)
     assert done.returncode == 0, done.stderr

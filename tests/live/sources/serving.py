@@ -33,7 +33,7 @@ def tcp_server(connections: Sequence[tuple[bytes, float]]) -> Iterator[str]:
 
 
 def free_port() -> int:
-    """A UDP port that nobody uses."""
+    """A free UDP port."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])
